@@ -1,0 +1,1 @@
+"""Console commands: parse the arguments, call the library, print."""
