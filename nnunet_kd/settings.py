@@ -41,20 +41,6 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Joint:
-    """How the joint teacher draws its members and aligns their representations.
-
-    ``budget``: "member" multiplies the teacher's iterations so that every member gets at least the steps that its
-    control gets, "total" keeps ``num_iterations_per_epoch`` for all members together.
-    """
-
-    sampling_exponent: float = 0.5
-    budget: Literal["member", "total"] = "member"
-    alignment: Literal["none", "dann"] = "none"
-    alignment_weight: float = 0.01
-
-
-@dataclass(frozen=True)
 class Schedule:
     """Weight factor over the training: constant, or a linear or cosine ramp from ``start`` to ``warmup``.
 
@@ -110,11 +96,21 @@ class Term:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of one training. ``member_of`` lists joint datasets and is written by planning."""
+    """All settings of one training.
+
+    ``joint`` names the joint dataset whose teacher a student uses, where several fit. The next four belong to the
+    joint teacher. ``sampling_exponent``: a member with n training cases is drawn with p ~ n^exponent. ``budget``:
+    "member" multiplies the teacher's iterations so that every member gets at least the steps that its control gets,
+    "total" keeps ``num_iterations_per_epoch`` for all members together. ``alignment`` "dann" adds a classifier of the
+    member behind gradient reversal at the bottleneck.
+    """
 
     joint: str | None = None
     training: Training = field(default_factory=Training)
-    joint_training: Joint = field(default_factory=Joint)
+    sampling_exponent: float = 0.5
+    budget: Literal["member", "total"] = "member"
+    alignment: Literal["none", "dann"] = "none"
+    alignment_weight: float = 0.01
     teachers: dict[str, Teacher] = field(default_factory=dict)
     terms: list[Term] = field(default_factory=list)
     guard: Guard = field(default_factory=Guard)
@@ -247,7 +243,7 @@ def _describe(expected: Any) -> str:
 
 
 def _check_ranges(settings: Settings) -> None:
-    training, joint, guard = settings.training, settings.joint_training, settings.guard
+    training, guard = settings.training, settings.guard
     positive = {
         "training.num_epochs": training.num_epochs,
         "training.num_iterations_per_epoch": training.num_iterations_per_epoch,
@@ -261,8 +257,8 @@ def _check_ranges(settings: Settings) -> None:
     fractions = {"training.oversample_foreground_percent": training.oversample_foreground_percent}
     not_negative = {
         "training.weight_decay": training.weight_decay,
-        "joint_training.sampling_exponent": joint.sampling_exponent,
-        "joint_training.alignment_weight": joint.alignment_weight,
+        "sampling_exponent": settings.sampling_exponent,
+        "alignment_weight": settings.alignment_weight,
         "guard.share": guard.share,
         "guard.margin": guard.margin,
     }

@@ -1,0 +1,1 @@
+"""Networks: feature taps, the joint network, projectors, smaller students (torch and network libraries only)."""

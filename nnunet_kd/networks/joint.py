@@ -1,0 +1,137 @@
+"""The joint network: one U-Net, one channel space, one slice of output channels (head) per label space.
+
+Our design (architecture.md, section 1). Weights of the input and output convolutions are sliced to what a member uses,
+which equals zero-filled channels and unused heads exactly but costs nothing for them. ``state_dict`` has the keys of
+the stock U-Net, so a member's single-dataset network is this one with both convolutions sliced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from nnunet_kd.networks.taps import Stage, check_unet, encoder_strides, forward_unet
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a member enters and leaves the network: its input channels and its output slice [start, stop)."""
+
+    channels: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """Output channels [start, stop) of one label space. ``regions``: sigmoid outputs without background."""
+
+    start: int
+    stop: int
+    regions: bool
+
+
+class InputChannelsMixin:
+    """A convolution that may be given only some of its input channels (``channels``; None means all)."""
+
+    channels: tuple[int, ...] | None = None
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Convolve ``image`` [B, len(channels), *S] with the weights of these channels."""
+        weight = self.weight  # type: ignore[attr-defined]
+        if self.channels is not None:
+            weight = weight[:, list(self.channels)]
+        return self._conv_forward(image, weight, self.bias)  # type: ignore[attr-defined]
+
+
+class JointUNet(nn.Module):
+    """A stock U-Net that speaks for one member at a time.
+
+    ``select(member)`` chooses the member; then the input is that member's channels [B, C_member, *S] and the output its
+    head's logits. Any patch size is accepted: the image is padded with zeros at its end to a multiple of the strides
+    and the outputs are cropped back.
+
+    With no member selected the input has all channels of the channel space, and the output is the joint label map:
+    channel 0 is zero (background) and each foreground class of each head has its log-odds against its own background,
+    so that the argmax within one head equals that head's own decision.
+
+    Args:
+        unet: PlainConvUNet or ResidualEncoderUNet with all input and output channels.
+        routes: Member name to :class:`Route`.
+        heads: All heads in the order of their channels.
+    """
+
+    def __init__(self, unet: nn.Module, routes: Mapping[str, Route], heads: Sequence[Head]) -> None:
+        super().__init__()
+        check_unet(unet)
+        self.encoder = unet.encoder
+        self.decoder = unet.decoder
+        self.routes = dict(routes)
+        self.heads = tuple(heads)
+        self.multiple = encoder_strides(unet)[-1]
+        self.tapped_stages: tuple[Stage, ...] = ()
+        self.member: str | None = None
+        self._head: slice | None = None
+        self._input_convolution = [input_convolution(unet)]  # in a list: not to be registered (and saved) twice
+        convolution = self._input_convolution[0]
+        convolution.__class__ = type("InputConvolution", (InputChannelsMixin, type(convolution)), {})
+
+    def select(self, member: str | None) -> None:
+        """Speak for ``member`` from now on; None speaks for all."""
+        if member == self.member:
+            return
+        route = None if member is None else self.routes[member]
+        self.member = member
+        self._head = None if route is None else slice(route.start, route.stop)
+        self._input_convolution[0].channels = None if route is None else route.channels
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
+        """Return what the stock U-Net returns, for the selected member; with tapped stages also the features."""
+        shape = image.shape[2:]
+        padded = pad_to_multiple(image, self.multiple)
+        outputs, features = forward_unet(self, padded, self.tapped_stages, self._head)
+        if self.member is None:
+            outputs = [self.joint_logits(output) for output in outputs]
+        if padded.shape != image.shape:
+            if self.decoder.deep_supervision:
+                raise ValueError(
+                    f"A training patch must be a multiple of the strides {self.multiple}, not {tuple(shape)}."
+                )
+            outputs = [crop(outputs[0], shape)]
+            features = [
+                crop(feature, [-(-size // step) for size, step in zip(shape, stage.stride, strict=True)])
+                for feature, stage in zip(features, self.tapped_stages, strict=True)
+            ]
+        result = outputs if self.decoder.deep_supervision else outputs[0]
+        return (result, features) if self.tapped_stages else result
+
+    def joint_logits(self, logits: Tensor) -> Tensor:
+        """All heads' raw logits [B, sum of heads, *S] as joint logits [B, 1 + all foreground classes, *S]."""
+        parts = [torch.zeros_like(logits[:, :1])]
+        for head in self.heads:
+            own = logits[:, head.start : head.stop]
+            parts.append(own if head.regions else own[:, 1:] - own[:, :1])
+        return torch.cat(parts, 1)
+
+
+def input_convolution(unet: nn.Module) -> nn.Module:
+    """The convolution that sees the image."""
+    first = unet.encoder.stem if getattr(unet.encoder, "stem", None) is not None else unet.encoder.stages[0]
+    return next(module for module in first.modules() if isinstance(module, nn.modules.conv._ConvNd))
+
+
+def pad_to_multiple(image: Tensor, multiple: Sequence[int]) -> Tensor:
+    """Pad [B, C, *S] with zeros at the end of each axis to a multiple; returns ``image`` itself if it fits."""
+    missing = [-size % step for size, step in zip(image.shape[2:], multiple, strict=True)]
+    if not any(missing):
+        return image
+    return pad(image, [amount for axis in reversed(missing) for amount in (0, axis)])
+
+
+def crop(image: Tensor, shape: Sequence[int]) -> Tensor:
+    """Keep the first ``shape`` voxels of [B, C, *S]."""
+    return image[(..., *(slice(0, size) for size in shape))]

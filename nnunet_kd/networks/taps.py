@@ -1,0 +1,135 @@
+"""Features of nnU-Net's U-Nets by explicit calls of encoder and decoder.
+
+Forward hooks are silently dropped by ``torch.compile`` in several situations, so features are returned by ``forward``
+itself. Levels are named by what they are: ``bottleneck``, ``encoder@1/4``, ``decoder@1/2``; the number is the stride
+along the last axis (in-plane). The stage whose stride is nearest (in octaves) is taken.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_kd.errors import SettingsError
+
+_LEVEL = re.compile(r"^(encoder|decoder)@1(?:/(\d+))?$")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One tapped stage. ``index`` counts encoder stages from the input, decoder stages from the bottleneck."""
+
+    part: str
+    index: int
+    channels: int
+    stride: tuple[int, ...]
+
+
+def check_unet(network: nn.Module) -> None:
+    """Raise NotImplementedError unless ``network`` has nnU-Net's encoder and convolutional decoder."""
+    decoder = getattr(network, "decoder", None)
+    needed = ("stages", "transpconvs", "seg_layers")
+    if not hasattr(network, "encoder") or not all(hasattr(decoder, name) for name in needed):
+        raise NotImplementedError(
+            f"{type(network).__name__} is not a U-Net with nnU-Net's encoder and decoder (PlainConvUNet, "
+            f"ResidualEncoderUNet). Feature terms and the joint teacher need one; use terms on logits only, or plans "
+            f"of ExperimentPlanner or a ResEnc planner."
+        )
+
+
+def encoder_strides(network: nn.Module) -> list[tuple[int, ...]]:
+    """Cumulative stride of each encoder stage, array order (z, y, x)."""
+    dimension = len(network.encoder.kernel_sizes[0])
+    cumulative = [1] * dimension
+    result = []
+    for stride in network.encoder.strides:
+        per_axis = [stride] * dimension if isinstance(stride, int) else list(stride)
+        cumulative = [c * s for c, s in zip(cumulative, per_axis, strict=True)]
+        result.append(tuple(cumulative))
+    return result
+
+
+def find_stage(network: nn.Module, level: str) -> Stage:
+    """Find the stage of ``network`` that a level name means.
+
+    Raises:
+        SettingsError: The name is none of ``bottleneck``, ``encoder@1/N``, ``decoder@1/N``.
+        NotImplementedError: The network is no nnU-Net U-Net.
+    """
+    check_unet(network)
+    strides = encoder_strides(network)
+    channels = list(network.encoder.output_channels)
+    if level == "bottleneck":
+        return Stage("encoder", len(strides) - 1, channels[-1], strides[-1])
+    match = _LEVEL.match(level)
+    if match is None:
+        raise SettingsError(f"Unknown level '{level}'. Allowed: 'bottleneck', 'encoder@1/N', 'decoder@1/N', N = stride.")
+    wanted = math.log2(int(match.group(2) or 1))
+    part = match.group(1)
+    candidates = range(len(strides) - 1) if part == "decoder" else range(len(strides))
+    nearest = min(candidates, key=lambda stage: abs(math.log2(strides[stage][-1]) - wanted))
+    index = len(strides) - 2 - nearest if part == "decoder" else nearest
+    return Stage(part, index, channels[nearest], strides[nearest])
+
+
+def forward_unet(
+    network: nn.Module, image: Tensor, stages: Sequence[Stage] = (), head: slice | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run a U-Net by hand.
+
+    Args:
+        network: A U-Net with nnU-Net's encoder and decoder.
+        image: [B, C, *S].
+        stages: Stages whose features are wanted.
+        head: Slice of the output channels to compute; None computes all.
+
+    Returns:
+        Outputs, highest resolution first: all deep supervision levels if the decoder has deep supervision switched on,
+        otherwise one. And the features of ``stages`` in their order, each [B, C_stage, *S / stride].
+    """
+    decoder = network.decoder
+    skips = network.encoder(image)
+    features = [skips[-1]]
+    for index, (upsample, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
+        merged = torch.cat((upsample(features[-1]), skips[-(index + 2)]), 1)
+        features.append(stage(merged))
+    features = features[1:]
+    wanted = range(len(features)) if decoder.deep_supervision else (len(features) - 1,)
+    outputs = [apply_head(decoder.seg_layers[index], features[index], head) for index in reversed(wanted)]
+    return outputs, [skips[stage.index] if stage.part == "encoder" else features[stage.index] for stage in stages]
+
+
+def apply_head(layer: nn.Module, features: Tensor, head: slice | None) -> Tensor:
+    """Apply a 1x1 output convolution, or only the slice ``head`` of its output channels."""
+    if head is None:
+        return layer(features)
+    return layer._conv_forward(features, layer.weight[head], layer.bias[head])
+
+
+class TapMixin:
+    """Makes ``forward`` of a stock U-Net return ``(outputs, features)`` while it trains."""
+
+    tapped_stages: tuple[Stage, ...] = ()
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
+        """Stock output in eval mode; in train mode the outputs and the features of the tapped stages."""
+        if not self.training:  # type: ignore[attr-defined]
+            return super().forward(image)  # type: ignore[misc]
+        return forward_unet(self, image, self.tapped_stages)  # type: ignore[arg-type]
+
+
+def tap(network: nn.Module, stages: Sequence[Stage]) -> None:
+    """Tap ``network`` in place. Parameters and ``state_dict`` stay those of the stock class.
+
+    The class of the instance changes instead of its module tree, because nnU-Net, DDP and ``torch.compile`` must go on
+    seeing the same network with the same keys.
+    """
+    check_unet(network)
+    if not isinstance(network, TapMixin):
+        network.__class__ = type(f"Tapped{type(network).__name__}", (TapMixin, type(network)), {})
+    network.tapped_stages = tuple(stages)
