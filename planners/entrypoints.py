@@ -1,0 +1,192 @@
+"""The commands nnUNetKD_plan_and_preprocess and nnUNetKD_plan_student: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_kd.cli.errors import clear_errors
+from nnunet_kd.data.joint import JointDataset
+from nnunet_kd.data.member import Member, dataset_name
+from nnunet_kd.errors import JointDatasetError
+from nnunet_kd.planners.joint_planner import TeacherPlan, plan_joint
+from nnunet_kd.planners.members import StockSteps, default_plans_name, find_planner, prepare_member
+from nnunet_kd.planners.student_planner import plan_student as write_student_plans
+from nnunet_kd.planners.student_planner import read_settings_file, write_member_plans
+
+STOCK_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
+
+
+@clear_errors
+def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of nnUNetKD_plan_and_preprocess."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetKD_plan_and_preprocess",
+        description="Plan a joint teacher over several nnU-Net datasets. Stock fingerprint, planning and preprocessing "
+        "run for members that lack them; the others are left as they are. No image data is copied.",
+    )
+    parser.add_argument("-d", nargs="+", required=True, help="Dataset ids or names of the members, for example 301 302")
+    parser.add_argument("--joint", required=True, type=int, help="Id of the joint dataset, for example 900")
+    parser.add_argument("--joint_name", default=None, help="Name after DatasetXXX_. Default: Joint, or the existing name")
+    parser.add_argument("-c", nargs="+", default=None, help="Configurations. Default: all that every member has")
+    parser.add_argument("-p", default=None, help="The members' plans. Default: what the planner writes (nnUNetPlans)")
+    parser.add_argument("-pl", default=None, help="Stock planner class. Default: ExperimentPlanner")
+    parser.add_argument("-plans_name", default="nnUNetKDPlans", help="Name of the plans that are written")
+    parser.add_argument("-gpu_memory_target", type=float, default=None, help="GB. Default: that of the planner class")
+    parser.add_argument("--width", type=float, default=1.0, help="Factor on the teacher's number of features")
+    parser.add_argument("--heads", default=None, help="JSON file with shared heads and their label maps")
+    parser.add_argument("-np", type=int, default=None, help="Processes for preprocessing. Default: stock nnU-Net's")
+    parser.add_argument("-npfp", type=int, default=8, help="Processes for the fingerprint")
+    parser.add_argument("--no_pp", action="store_true", help="Do not preprocess members that lack it")
+    parser.add_argument("--verify_dataset_integrity", action="store_true", help="Run nnU-Net's check on every member")
+    args = parser.parse_args(arguments)
+
+    planner = find_planner(args.pl or "ExperimentPlanner")
+    members_plans = args.p or default_plans_name(planner)
+    if args.plans_name == members_plans or "__" in args.plans_name:
+        raise JointDatasetError(
+            f"-plans_name {args.plans_name} is not possible: it must differ from the members' {members_plans} and not "
+            f"contain '__'."
+        )
+    members = [dataset_name(entry) for entry in args.d]
+    steps = StockSteps(
+        planner,
+        members_plans,
+        args.gpu_memory_target,
+        args.np,
+        args.npfp,
+        preprocess=False,
+        verify_dataset_integrity=args.verify_dataset_integrity,
+    )
+    for member in members:
+        prepare_member(member, steps, ())
+    configurations = _configurations(members, members_plans, args.c)
+    if not args.no_pp:
+        for member in members:
+            prepare_member(member, StockSteps(planner, members_plans, num_processes=args.np), configurations)
+    heads = _full_member_names(read_settings_file(args.heads)) if args.heads else {}
+    name = _joint_name(args.joint, args.joint_name)
+    joint, plans = plan_joint(
+        name,
+        members,
+        members_plans,
+        configurations,
+        plans_name=args.plans_name,
+        planner=None if args.pl is None else planner,
+        gpu_memory_target=args.gpu_memory_target,
+        width=args.width,
+        shared_heads=heads,
+    )
+    for member in members:
+        write_member_plans(member, members_plans, args.plans_name, name)
+    _print_summary(joint, plans, args.plans_name)
+
+
+@clear_errors
+def plan_student(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of nnUNetKD_plan_student."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetKD_plan_student",
+        description="Write plans for a smaller or otherwise set student. They reuse the preprocessed data.",
+    )
+    parser.add_argument("-d", required=True, help="Dataset id or name")
+    parser.add_argument("-p", default="nnUNetPlans", help="Plans to start from")
+    parser.add_argument("--width", type=float, default=1.0, help="Factor on the number of features of every stage")
+    parser.add_argument("--min_features", type=int, default=8, help="No stage gets fewer features than this")
+    parser.add_argument("--settings", default=None, help="JSON file with settings for the plans' nnunet_kd block")
+    parser.add_argument("-plans_name", required=True, help="Name of the new plans, for example nnUNetKDPlansW50")
+    args = parser.parse_args(arguments)
+    dataset = dataset_name(args.d)
+    path = write_student_plans(
+        dataset,
+        args.p,
+        args.plans_name,
+        width=args.width,
+        min_features=args.min_features,
+        settings=read_settings_file(args.settings) if args.settings else None,
+    )
+    print(f"Wrote {path}. Train the student and its control with:")
+    for trainer in ("nnUNetTrainerKDStudent", "nnUNetTrainerKDControl"):
+        print(f"  nnUNetv2_train {dataset[7:10]} CONFIG FOLD -tr {trainer} -p {args.plans_name}")
+
+
+def _configurations(members: Sequence[str], plans_name: str, requested: Sequence[str] | None) -> list[str]:
+    """Configurations of the joint dataset: the requested ones, or all stock ones that every member has."""
+    available = {member: set(Member(member, plans_name, "").plans["configurations"]) for member in members}
+    if requested is not None:
+        for configuration in requested:
+            for member, own in available.items():
+                if configuration not in own:
+                    raise JointDatasetError(
+                        f"{member} has no configuration {configuration} in {plans_name} (it has "
+                        f"{', '.join(sorted(own))}), so it cannot be joined in {configuration}. 2D datasets join 3D "
+                        f"ones only in 2d. Choose another -c, or leave {member} out."
+                    )
+        return list(requested)
+    common = [c for c in STOCK_CONFIGURATIONS if all(c in own for own in available.values())]
+    for configuration in STOCK_CONFIGURATIONS:
+        missing = [member for member, own in available.items() if configuration not in own]
+        if missing and len(missing) < len(members):
+            print(f"INFO: no joint {configuration}, because it is not planned for {', '.join(missing)}.")
+    if not common:
+        raise JointDatasetError(f"The members have no configuration in common: {available}.")
+    return common
+
+
+def _full_member_names(heads: Mapping[str, Any]) -> dict[str, Any]:
+    """Shared heads with full dataset names instead of ids."""
+    return {
+        name: {**content, "members": {dataset_name(m): mapping for m, mapping in content.get("members", {}).items()}}
+        for name, content in heads.items()
+    }
+
+
+def _joint_name(joint_id: int, name: str | None) -> str:
+    prefix = f"Dataset{joint_id:03d}_"
+    if name is not None:
+        return prefix + name
+    try:
+        return dataset_name(joint_id)
+    except JointDatasetError:
+        return prefix + "Joint"
+
+
+def _print_summary(joint: JointDataset, plans: Mapping[str, TeacherPlan], plans_name: str) -> None:
+    print(f"\n{joint.name}: {len(joint.members)} members, channels {', '.join(joint.channels.names)}")
+    for configuration, plan in plans.items():
+        arguments = plan.configuration["architecture"]["arch_kwargs"]
+        print(f"\n{configuration}")
+        print(f"  {'member':32s} {'cases':>5s} {'head':>24s} {'spacing':>22s} {'patch':>18s} {'batch':>5s} {'GB':>6s}")
+        for name, entry in joint.members.items():
+            member = joint.member(name, configuration)
+            manager = member.configuration_manager
+            spacing = " x ".join(f"{value:.3g}" for value in manager.spacing)
+            patch = " x ".join(str(size) for size in manager.patch_size)
+            head = f"{'(shared) ' if entry.label_map else ''}{joint.heads[entry.head].label_space.num_channels} channels"
+            print(
+                f"  {name:32s} {len(member.identifiers):5d} {head:>24s} {spacing:>22s} {patch:>18s} "
+                f"{plan.batch_sizes[name]:5d} {plan.memory_gb[name]:6.2f}"
+            )
+        print(
+            f"  teacher: {plan.configuration['architecture']['network_class_name'].split('.')[-1]} for the patch of "
+            f"{plan.largest}, features {list(arguments['features_per_stage'])}, "
+            f"strides {[list(stride) for stride in arguments['strides']]}"
+        )
+        disk = sum(_folder_size(joint.member(name, configuration).data_folder) for name in joint.members)
+        print(f"  disk: {disk / 1e9:.2f} GB of the members' own preprocessed data, none copied")
+    configuration = next(iter(plans))
+    print("\nNext:\n  eval \"$(nnUNetKD_env)\"")
+    print(f"  nnUNetv2_train {joint.name[7:10]} {configuration} 0 -tr nnUNetTrainerKDTeacher -p {plans_name}")
+    for name, entry in joint.members.items():
+        print(f"  nnUNetv2_train {name[7:10]} {configuration} 0 -tr nnUNetTrainerKDStudent -p {entry.plans}")
+
+
+def _folder_size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(plan_and_preprocess())

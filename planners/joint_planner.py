@@ -1,0 +1,379 @@
+"""The joint planner: members -> channel space, heads, joint splits and the teacher's plans. No image is copied.
+
+The teacher adapts to its members: its topology is what the stock planner class makes of the largest member's patch, and
+every member keeps its own spacing, normalisation, patch and augmentation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.paths import nnUNet_preprocessed
+
+from nnunet_kd.data.joint import HeadEntry, JointDataset, MemberEntry
+from nnunet_kd.data.member import Member
+from nnunet_kd.data.splits import join_splits, member_splits, read_groups
+from nnunet_kd.errors import JointDatasetError, LabelSpaceError
+from nnunet_kd.files import write_json
+from nnunet_kd.settings import BLOCK
+from nnunet_kd.spaces.channels import union
+from nnunet_kd.spaces.labels import LabelSpace, member_to_head_map
+
+MIN_BATCH_SIZE = 2  # stock nnU-Net's UNet_min_batch_size; with 1, foreground oversampling would stop
+ENOUGH_MEMORY_GB = 1e6
+FEATURE_STEP = 4
+MIN_BASE_FEATURES = 8
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """The teacher's configuration and what it costs: GB per member as stock nnU-Net estimates it."""
+
+    configuration: dict[str, Any]
+    batch_sizes: dict[str, int]
+    memory_gb: dict[str, float]
+    largest: str
+
+
+def plan_joint(
+    name: str,
+    members: Sequence[str],
+    members_plans: str,
+    configurations: Sequence[str],
+    *,
+    plans_name: str = "nnUNetKDPlans",
+    planner: type[ExperimentPlanner] | None = None,
+    gpu_memory_target: float | None = None,
+    width: float = 1.0,
+    shared_heads: Mapping[str, Any] | None = None,
+) -> tuple[JointDataset, dict[str, TeacherPlan]]:
+    """Write the joint dataset ``name`` and return its description and the teacher's plan per configuration.
+
+    Args:
+        name: Full name, for example Dataset900_Joint.
+        members: Full names of prepared members.
+        members_plans: The members' plans name.
+        configurations: All of them must exist for every member.
+        plans_name: Name of the joint plans.
+        planner: Stock planner class for the teacher; None takes the one that planned the largest member.
+        gpu_memory_target: GB; None takes the planner class's default.
+        width: Factor on the planner's number of features.
+        shared_heads: Content of ``--heads`` with full member names.
+
+    Raises:
+        JointDatasetError: Members cannot be joined; says which and why.
+        LabelSpaceError: A shared head misses a label.
+    """
+    _check_name(name, members)
+    views = {c: {m: Member(m, members_plans, c) for m in members} for c in configurations}
+    first = views[configurations[0]]
+    for member in first.values():
+        _check_segmentation(member)
+    channels = union({m: view.channel_names for m, view in first.items()})
+    heads, head_of, maps = _heads(first, shared_heads or {})
+    normalisation = {c: _check_normalisation(views[c]) for c in configurations}
+
+    for member in first.values():
+        _ensure_splits(member)
+    plans_of = {
+        c: plan_teacher(name, views[c], channels.names, heads, head_of, planner, gpu_memory_target, width)
+        for c in configurations
+    }
+    entries = {
+        m: MemberEntry(
+            plans=members_plans,
+            channel_names=list(view.channel_names),
+            head=head_of[m],
+            previous_stage_labels=[int(label) for label in view.label_manager.foreground_labels],
+            label_map=maps.get(m),
+            batch_sizes={c: plans_of[c].batch_sizes[m] for c in configurations},
+            state={c: views[c][m].state() for c in configurations},
+        )
+        for m, view in first.items()
+    }
+    joint = JointDataset(name, channels, entries, heads)
+    _write(joint, views, plans_of, plans_name, normalisation)
+    return joint, plans_of
+
+
+def plan_teacher(
+    name: str,
+    members: Mapping[str, Member],
+    channel_names: Sequence[str],
+    heads: Mapping[str, HeadEntry],
+    head_of: Mapping[str, str],
+    planner_class: type[ExperimentPlanner] | None,
+    gpu_memory_target: float | None,
+    width: float,
+) -> TeacherPlan:
+    """The teacher's configuration: the stock planner's for the largest member's patch, within the memory target.
+
+    The stock planner is told that there is memory enough, so that it covers the patch; then every member's batch is
+    made to fit the real target: first with fewer samples, never below two, then with fewer features.
+
+    Raises:
+        JointDatasetError: Even the narrowest network does not fit.
+    """
+    largest = max(members, key=lambda m: (np.prod(members[m].configuration_manager.patch_size, dtype=np.int64), m))
+    leader = members[largest]
+    manager = leader.configuration_manager
+    planner_class = planner_class or leader.plans_manager.experiment_planner_class
+    with _planner(planner_class, name, channel_names, gpu_memory_target) as planner:
+        target = planner.UNet_vram_target_GB
+        base_features = max(MIN_BASE_FEATURES, round(planner.UNet_base_num_features * width))
+        while True:
+            planner.UNet_base_num_features = base_features
+            planner.UNet_vram_target_GB = ENOUGH_MEMORY_GB
+            planned = planner.get_plans_for_configuration(
+                np.array(manager.spacing), np.array(manager.patch_size), "unused", 1.0, {}
+            )
+            architecture = planned["architecture"]
+            multiple = np.prod(np.vstack(architecture["arch_kwargs"]["strides"]), axis=0)
+            memory = {
+                m: _memory_gb(planner, view, architecture, multiple, heads[head_of[m]].label_space.num_channels)
+                for m, view in members.items()
+            }
+            batch_sizes = {m: _batch_size(view, memory[m], target) for m, view in members.items()}
+            total = {m: memory[m] * batch_sizes[m] for m in members}
+            too_large = max(total, key=lambda m: total[m])
+            if total[too_large] <= target:
+                break
+            if base_features <= MIN_BASE_FEATURES:
+                raise JointDatasetError(
+                    f"A teacher that covers the patch of {too_large} needs {total[too_large]:.1f} GB for its batch of "
+                    f"{batch_sizes[too_large]} even with {base_features} features, but the target is {target:g} GB. "
+                    f"Raise -gpu_memory_target, plan the members with a smaller one, or leave this member out."
+                )
+            base_features = max(MIN_BASE_FEATURES, base_features - FEATURE_STEP)
+    configuration = dict(manager.configuration)
+    configuration.update(
+        architecture=architecture,
+        patch_size=[int(size) for size in planned["patch_size"]],
+        batch_size=max(batch_sizes.values()),
+    )
+    return TeacherPlan(configuration, batch_sizes, total, largest)
+
+
+def _memory_gb(
+    planner: ExperimentPlanner, member: Member, architecture: dict[str, Any], multiple: np.ndarray, num_outputs: int
+) -> float:
+    """Stock estimate for one sample of the member's patch, padded as the joint network pads it, in GB."""
+    patch = np.array(member.configuration_manager.patch_size)
+    estimate = planner.static_estimate_VRAM_usage(
+        tuple(int(size) for size in -(-patch // multiple) * multiple),
+        len(member.channel_names),
+        num_outputs,
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+    )
+    two_dimensional = len(patch) == 2
+    reference = planner.UNet_reference_val_2d if two_dimensional else planner.UNet_reference_val_3d
+    batch = planner.UNet_reference_val_corresp_bs_2d if two_dimensional else planner.UNet_reference_val_corresp_bs_3d
+    return float(estimate) / batch / reference * planner.UNet_reference_val_corresp_GB
+
+
+def _batch_size(member: Member, memory_per_sample: float, target: float) -> int:
+    own = int(member.configuration_manager.batch_size)
+    return max(min(own, MIN_BATCH_SIZE), min(own, int(target / memory_per_sample)))
+
+
+@contextlib.contextmanager
+def _planner(
+    planner_class: type[ExperimentPlanner], name: str, channel_names: Sequence[str], memory: float | None
+) -> Iterator[ExperimentPlanner]:
+    """The stock planner on an empty stand-in dataset: it reads raw and preprocessed folders when it is constructed."""
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("nnUNet_raw", "nnUNet_preprocessed"):
+            (Path(folder) / kind / name).mkdir(parents=True)
+        dataset_json = {
+            "channel_names": {str(i): channel for i, channel in enumerate(channel_names)},
+            "labels": {"background": 0},
+            "numTraining": 0,
+            "file_ending": ".nii.gz",
+            "dataset": {},
+        }
+        fingerprint = {"median_relative_size_after_cropping": 1.0}
+        write_json(Path(folder) / "nnUNet_raw" / name / "dataset.json", dataset_json)
+        write_json(Path(folder) / "nnUNet_preprocessed" / name / "dataset_fingerprint.json", fingerprint)
+        before = {kind: os.environ.get(kind) for kind in ("nnUNet_raw", "nnUNet_preprocessed")}
+        os.environ.update({kind: str(Path(folder) / kind) for kind in before})
+        try:
+            arguments = {} if memory is None else {"gpu_memory_target_in_gb": memory}
+            yield planner_class(name, **arguments)
+        finally:
+            for kind, value in before.items():
+                if value is None:
+                    del os.environ[kind]
+                else:
+                    os.environ[kind] = value
+
+
+def _check_name(name: str, members: Sequence[str]) -> None:
+    if name in members or name[7:10] in {member[7:10] for member in members}:
+        raise JointDatasetError(f"{name} cannot be its own member. Give --joint an id that no dataset has.")
+    if len(members) < 2:
+        raise JointDatasetError("A joint dataset needs at least two members. Give several ids after -d.")
+    if len(set(members)) < len(members):
+        raise JointDatasetError(f"A member is named twice after -d: {', '.join(members)}.")
+    folder = Path(str(nnUNet_preprocessed)) / name
+    own = [path for path in folder.glob("*.json") if f'"{BLOCK}"' in path.read_text()] if folder.is_dir() else []
+    if folder.is_dir() and any(folder.iterdir()) and not own:
+        raise JointDatasetError(f"{folder} holds a dataset that is not a joint one. Give --joint another id.")
+
+
+def _check_segmentation(member: Member) -> None:
+    tasks = member.dataset_json.get(BLOCK, {}).get("tasks", {})
+    if tasks.get("segmentation", True) is False:
+        raise JointDatasetError(
+            f"{member.name} has no segmentation (dataset.json: nnunet_kd.tasks.segmentation is false). A joint teacher "
+            f"joins segmentation datasets so far; leave this member out."
+        )
+
+
+def _check_normalisation(members: Mapping[str, Member]) -> dict[str, tuple[str, bool]]:
+    """Normalisation scheme and mask use per channel name; refuse members that disagree on a channel's scheme."""
+    schemes: dict[str, tuple[str, bool]] = {}
+    origin: dict[str, str] = {}
+    for name, member in members.items():
+        manager = member.configuration_manager
+        own = zip(member.channel_names, manager.normalization_schemes, manager.use_mask_for_norm, strict=True)
+        for channel, scheme, use_mask in own:
+            if channel in schemes and schemes[channel][0] != scheme:
+                raise JointDatasetError(
+                    f"Channel '{channel}' is normalised by {schemes[channel][0]} in {origin[channel]} but by {scheme} "
+                    f"in {name}, so it cannot be one channel of a joint teacher. Rename the channel in one "
+                    f"dataset.json and plan that dataset again, or leave one of the two out."
+                )
+            schemes.setdefault(channel, (scheme, bool(use_mask)))
+            origin.setdefault(channel, name)
+    return schemes
+
+
+def _heads(
+    members: Mapping[str, Member], shared: Mapping[str, Any]
+) -> tuple[dict[str, HeadEntry], dict[str, str], dict[str, dict[str, str]]]:
+    """Heads in order, the head of each member, and the label maps of members with a shared head."""
+    heads: dict[str, HeadEntry] = {}
+    head_of: dict[str, str] = {}
+    maps: dict[str, dict[str, str]] = {}
+    for head_name, content in shared.items():
+        if set(content) != {"labels", "members"}:
+            raise LabelSpaceError(f"Shared head '{head_name}' must have exactly 'labels' and 'members'.")
+        labels = dict(content["labels"])
+        ignored = [m for m in content["members"] if m in members and members[m].label_space.ignore is not None]
+        if ignored and "ignore" not in labels:
+            labels["ignore"] = max(labels.values()) + 1
+        heads[head_name] = HeadEntry(labels)
+        for member, mapping in content["members"].items():
+            if member not in members:
+                raise LabelSpaceError(f"Shared head '{head_name}' names {member}, which is no member.")
+            if member in head_of:
+                raise LabelSpaceError(f"{member} is named by two shared heads, '{head_of[member]}' and '{head_name}'.")
+            try:
+                member_to_head_map(members[member].label_space, heads[head_name].label_space, mapping)
+            except LabelSpaceError as error:
+                raise LabelSpaceError(f"Shared head '{head_name}', member {member}: {error}") from error
+            head_of[member], maps[member] = head_name, dict(mapping)
+    for name, member in members.items():
+        if name not in head_of:
+            heads[name] = HeadEntry(member.dataset_json["labels"], member.dataset_json.get("regions_class_order"))
+            _ = LabelSpace.from_dataset_json(member.dataset_json)  # refuse a broken label space now
+            head_of[name] = name
+    return heads, head_of, maps
+
+
+def _ensure_splits(member: Member) -> None:
+    """Create the member's splits_final.json if it is missing, as stock training would, grouped by ``split_by``."""
+    if member.splits_file.is_file():
+        return
+    block = member.dataset_json.get(BLOCK, {})
+    groups = None
+    if "split_by" in block:
+        file = block.get("tasks", {}).get("classification", {}).get("file", "classification.csv")
+        groups = read_groups(_side_file(member, file), block["split_by"])
+    try:
+        splits = member_splits(member.identifiers, None, groups)
+    except JointDatasetError as error:
+        raise JointDatasetError(f"{member.name}: {error}") from error
+    write_json(member.splits_file, splits)
+
+
+def _side_file(member: Member, file: str) -> Path:
+    from nnunetv2.paths import nnUNet_raw
+
+    for folder in (member.base_folder, Path(str(nnUNet_raw)) / member.name):
+        if (folder / file).is_file():
+            return folder / file
+    raise JointDatasetError(
+        f"{member.name} is split by '{member.dataset_json[BLOCK]['split_by']}' (dataset.json), but {file} is neither in "
+        f"its raw nor in its preprocessed folder. Put it there, or write {member.splits_file} yourself."
+    )
+
+
+def _write(
+    joint: JointDataset,
+    views: Mapping[str, Mapping[str, Member]],
+    plans_of: Mapping[str, TeacherPlan],
+    plans_name: str,
+    normalisation: Mapping[str, Mapping[str, tuple[str, bool]]],
+) -> None:
+    folder = Path(str(nnUNet_preprocessed)) / joint.name
+    members = views[next(iter(views))]
+    leader = members[plans_of[next(iter(views))].largest]
+    splits = {m: json.loads(view.splits_file.read_text()) for m, view in members.items()}
+    properties = {}
+    for index, channel in enumerate(joint.channels.names):
+        view = next(view for view in members.values() if channel in view.channel_names)
+        own = view.plans_manager.foreground_intensity_properties_per_channel
+        properties[str(index)] = own[str(view.channel_names.index(channel))]
+    configurations = {}
+    for c, plan in plans_of.items():
+        configurations[c] = dict(plan.configuration)
+        configurations[c].pop("inherits_from", None)
+        configurations[c].update(
+            data_identifier=f"{plans_name}_{c}",
+            normalization_schemes=[normalisation[c][channel][0] for channel in joint.channels.names],
+            use_mask_for_norm=[normalisation[c][channel][1] for channel in joint.channels.names],
+        )
+    plans = dict(leader.plans)
+    plans.update(
+        dataset_name=joint.name,
+        plans_name=plans_name,
+        configurations=configurations,
+        foreground_intensity_properties_per_channel=properties,
+    )
+    plans[BLOCK] = joint.to_block()
+    dataset_json = {
+        "channel_names": {str(index): channel for index, channel in enumerate(joint.channels.names)},
+        "labels": {name: index for index, name in enumerate(joint.joint_class_names)},
+        "numTraining": sum(len(view.identifiers) for view in members.values()),
+        "file_ending": leader.dataset_json["file_ending"],
+        "name": joint.name,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "dataset.json", dataset_json)
+    write_json(folder / "splits_final.json", join_splits(splits, {m: v.identifiers for m, v in members.items()}))
+    write_json(folder / "dataset_fingerprint.json", _fingerprint(members))
+    write_json(folder / f"{plans_name}.json", plans)
+
+
+def _fingerprint(members: Mapping[str, Member]) -> dict[str, Any]:
+    """The members' fingerprints put together; stock training copies it beside the model for information."""
+    joined: dict[str, Any] = {"spacings": [], "shapes_after_crop": [], "members": list(members)}
+    for member in members.values():
+        file = member.base_folder / "dataset_fingerprint.json"
+        if file.is_file():
+            own = json.loads(file.read_text())
+            joined["spacings"] += own.get("spacings", [])
+            joined["shapes_after_crop"] += own.get("shapes_after_crop", [])
+    return joined
