@@ -1,0 +1,162 @@
+"""What all trainers of nnunet_kd share: settings, budget, seed, an own checkpoint key, extra log lines.
+
+Host behaviour relied on (nnunetv2 2.8): ``save_checkpoint`` and ``load_checkpoint`` accept what ``torch.save`` and a path
+accept; ``load_checkpoint`` calls ``initialize`` first; the logger replaces its dict when a checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_kd.errors import SettingsError
+from nnunet_kd.files import replacing, write_json
+from nnunet_kd.settings import BLOCK, Settings, read_user_settings, resolve_settings
+
+CHECKPOINT_KEY = "nnunet_kd"
+MAX_GRADIENT_NORM = 12  # stock nnU-Net's
+
+
+class KDTrainer(nnUNetTrainer):
+    """Stock nnU-Net driven by nnunet_kd settings. The settings change the budget and nothing else here."""
+
+    preset: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature must be stock nnU-Net's)
+    ) -> None:
+        # Errors of the user come before nnU-Net creates the output folder.
+        self.settings = self.resolve_settings(plans, configuration, fold)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.local_rank != 0:
+            self.logger.loggers.clear()  # nnU-Net would start one W&B run per rank
+        training = self.settings.training
+        self.num_epochs = training.num_epochs
+        self.num_iterations_per_epoch = training.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = training.num_val_iterations_per_epoch
+        self.initial_lr = training.initial_lr
+        self.weight_decay = training.weight_decay
+        self.oversample_foreground_percent = training.oversample_foreground_percent
+        self.save_every = training.save_every
+
+    def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
+        """Merge preset, plans block and user settings. Trainers with more layers override this."""
+        del configuration, fold
+        return resolve_settings(self.preset, plans.get(BLOCK, {}), read_user_settings())
+
+    def build_auxiliary(self) -> nn.ModuleDict:
+        """Modules that train beside the network and are thrown away afterwards (projectors, a domain classifier)."""
+        return nn.ModuleDict()
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        """Stock optimizer; auxiliary modules become a parameter group of their own, clipped like the network."""
+        optimizer, scheduler = super().configure_optimizers()
+        self.auxiliary = self.build_auxiliary().to(self.device)
+        parameters = list(self.auxiliary.parameters())
+        if parameters:
+            optimizer.add_param_group({"params": parameters})
+            # Stock training clips the network alone. Right before a step the gradients are already unscaled.
+            optimizer.register_step_pre_hook(lambda *_: _clip(parameters))
+        return optimizer, scheduler
+
+    def initialize(self) -> None:
+        """Seed if the settings say so, then initialise as stock nnU-Net does."""
+        if self.settings.training.seed is not None:
+            seed = self.settings.training.seed + self.local_rank
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 (nnU-Net and batchgenerators draw from the global generator)
+            torch.manual_seed(seed)
+        super().initialize()
+        # DDP averages the gradients of an auxiliary module only if its forward runs through a wrapper of its own.
+        self.wrapped_auxiliary: dict[str, nn.Module] = {
+            name: DistributedDataParallel(module, device_ids=[self.local_rank]) if self.is_ddp else module
+            for name, module in self.auxiliary.items()
+        }
+
+    def on_train_start(self) -> None:
+        """Start as stock nnU-Net does; the resolved settings are printed and written beside the checkpoint."""
+        super().on_train_start()
+        if self.local_rank == 0:
+            settings = self.settings.to_dict()
+            self.print_to_log_file(f"nnunet_kd settings: {settings}", add_timestamp=False)
+            write_json(Path(self.output_folder) / "nnunet_kd_settings.json", settings)
+
+    def checkpoint_extra(self) -> dict[str, Any]:
+        """What goes into the checkpoint under our own key. Only tensors and plain types."""
+        return {"settings": self.settings.to_dict(), "auxiliary": self.auxiliary.state_dict()}
+
+    def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
+        """Restore :meth:`checkpoint_extra`; called before stock nnU-Net loads its part.
+
+        Raises:
+            SettingsError: The training was started with other settings.
+        """
+        changed = _differences(extra.get("settings", {}), self.settings.to_dict())
+        if changed:
+            raise SettingsError(
+                f"The checkpoint in {self.output_folder} was trained with other settings: {'; '.join(changed)}. "
+                f"Continue with the settings of nnunet_kd_settings.json in that folder (set nnUNetKD_settings to it), "
+                f"or train under another plans name (nnUNetKD_plan_student -plans_name)."
+            )
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write stock nnU-Net's checkpoint plus our key, in one step that a kill cannot tear."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        buffer = io.BytesIO()
+        super().save_checkpoint(buffer)  # type: ignore[arg-type]
+        buffer.seek(0)
+        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
+        checkpoint[CHECKPOINT_KEY] = self.checkpoint_extra()
+        with replacing(Path(filename)) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Restore our key, then stock nnU-Net's part."""
+        if isinstance(filename_or_checkpoint, str):
+            checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
+        else:
+            checkpoint = filename_or_checkpoint
+        extra = checkpoint.get(CHECKPOINT_KEY, {})
+        del checkpoint
+        self.load_checkpoint_extra(extra)
+        super().load_checkpoint(filename_or_checkpoint)
+        self.auxiliary.load_state_dict(extra.get("auxiliary", {}))
+
+    def unwrapped_network(self) -> nn.Module:
+        """The network without DDP and ``torch.compile`` wrappers."""
+        network = self.network.module if self.is_ddp else self.network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def _clip(parameters: list[nn.Parameter]) -> None:
+    torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """Human-readable differences of two settings, without those that only say when to save."""
+    result = []
+    for key in sorted({*before, *now}):
+        name = f"{where}.{key}" if where else key
+        if name == "training.save_every" or before.get(key) == now.get(key):
+            continue
+        if isinstance(before.get(key), dict) and isinstance(now.get(key), dict):
+            result += _differences(before[key], now[key], name)
+        else:
+            result.append(f"{name} was {before.get(key)!r}, is {now.get(key)!r}")
+    return result

@@ -1,0 +1,52 @@
+"""A shared head seen in a member's own labels, for stock validation and prediction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor, nn
+
+from nnunet_kd.spaces.labels import LabelMap
+
+EXCLUDED_LOGIT = -3e4  # finite in float16, in which nnU-Net collects logits
+
+
+class MemberView(nn.Module):
+    """The joint network with its shared head's logits expanded to the member's labels.
+
+    Where several of the member's labels went to one class of the head, the first of them speaks for all.
+    """
+
+    def __init__(self, network: nn.Module, decoder: nn.Module, label_map: LabelMap) -> None:
+        super().__init__()
+        self.network = network
+        self.decoder = decoder  # nnU-Net switches deep supervision here
+        self.num_channels = label_map.source.num_channels
+        self.representatives = [group[0] for group in label_map.groups if group]
+        self.head_channels = [index for index, group in enumerate(label_map.groups) if group]
+
+    @property
+    def module(self) -> MemberView:
+        """Under DDP nnU-Net looks for the decoder behind ``module``."""
+        return self
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [B, labels of the member, *S]."""
+        logits = self.network(image)
+        shape = (len(logits), self.num_channels, *logits.shape[2:])
+        expanded = torch.full(shape, EXCLUDED_LOGIT, dtype=logits.dtype, device=logits.device)
+        expanded[:, self.representatives] = logits[:, self.head_channels]
+        return expanded
+
+
+def evaluation_labels(label_manager: LabelManager, label_map: LabelMap) -> Any:
+    """The member's label manager, evaluating labels that share a class of the head as one region."""
+    values = label_map.source.values
+    groups = [tuple(values[channel][0] for channel in group) for group in label_map.groups[1:] if group]
+    foreground = [group[0] if len(group) == 1 else group for group in groups]
+    view = type("MemberLabels", (type(label_manager),), {"foreground_labels": property(lambda self: foreground)})
+    changed = object.__new__(view)
+    changed.__dict__.update(label_manager.__dict__)
+    return changed

@@ -1,0 +1,384 @@
+"""The joint teacher: one network over all members, each through its own stock data loader, loss and head.
+
+Host behaviour relied on (nnunetv2 2.8): ``get_dataloaders``, ``perform_actual_validation``, ``train_step`` and
+``validation_step`` read the dataset from attributes of the trainer, so speaking for a member means setting these.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import distributed, nn
+
+from nnunet_kd.data.joint import JointDataset
+from nnunet_kd.data.joint_network import build_joint_network
+from nnunet_kd.data.loader import JointLoader, MapLabelsTransform, PadToMultipleTransform, member_probabilities
+from nnunet_kd.data.member import Member
+from nnunet_kd.errors import JointDatasetError
+from nnunet_kd.files import write_json
+from nnunet_kd.networks.joint import JointUNet
+from nnunet_kd.networks.taps import find_stage
+from nnunet_kd.settings import Settings
+from nnunet_kd.training.alignment import AlignedLoss, MemberClassifier
+from nnunet_kd.training.base import KDTrainer
+from nnunet_kd.training.member_view import MemberView, evaluation_labels
+
+
+class nnUNetTrainerKDTeacher(KDTrainer):
+    """Joint teacher over the members of a joint dataset (our design, architecture.md section 1)."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature must be stock nnU-Net's)
+    ) -> None:
+        self.joint = JointDataset.from_plans(plans)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.members: dict[str, Member] = {m: self.joint.member(m, configuration) for m in self.joint.members}
+        first = next(iter(self.members.values()))
+        self.joint_configuration_manager = self.configuration_manager
+        self.preprocessed_dataset_folder = str(first.data_folder)  # stock initialize reads the dataset class there
+        self.member: str | None = None
+        self.steps: Counter[str] = Counter()
+
+    def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
+        """Check that the members are as planned, then resolve the settings."""
+        self.joint.check_unchanged(configuration)
+        return super().resolve_settings(plans, configuration, fold)
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The joint network; its channels and heads are in the plans, not in the two numbers."""
+        del num_input_channels, num_output_channels
+        return build_joint_network(plans_manager, configuration_manager, enable_deep_supervision)
+
+    # ---- set-up ---------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """Initialise, then build one stock loss per member on its head."""
+        self.splits = {name: self.joint.split(member, self.fold) for name, member in self.members.items()}
+        for name, (training, validation) in self.splits.items():
+            if not training or not validation:
+                raise JointDatasetError(f"{name} has no cases in fold {self.fold} of {self.joint.splits_file}.")
+        self.probabilities = member_probabilities(
+            {name: len(training) for name, (training, _) in self.splits.items()}, self.settings.sampling_exponent
+        )
+        self._set_budget()
+        super().initialize()
+        network = self.unwrapped_network()
+        assert isinstance(network, JointUNet)
+        self.joint_network = network
+        if self._do_i_compile():
+            # every member compiles its own graph; the default limit (8) would send the others to eager mode
+            limit = 4 * len(self.members) + 8
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+        self.losses = {name: self._member_loss(name) for name in self.members}
+        self.head_label_managers = {name: self._head_label_manager(name) for name in self.members}
+
+    def _set_budget(self) -> None:
+        training = self.settings.training
+        if self.settings.budget == "member":
+            rarest = min(self.probabilities.values())
+            self.num_iterations_per_epoch = math.ceil(training.num_iterations_per_epoch / rarest)
+            self.num_val_iterations_per_epoch = training.num_val_iterations_per_epoch * len(self.members)
+        else:
+            self.num_val_iterations_per_epoch = max(training.num_val_iterations_per_epoch, len(self.members))
+
+    def _head_label_manager(self, name: str) -> Any:
+        head = self.joint.heads[self.joint.members[name].head]
+        return self.plans_manager.get_label_manager(head.dataset_json)
+
+    def _member_loss(self, name: str) -> nn.Module:
+        with self._attributes(
+            label_manager=self._head_label_manager(name), configuration_manager=self._configuration(name)
+        ):
+            loss = self._build_loss()
+        if self.is_ddp:
+            _disable_gathering(loss)  # ranks draw different members, whose classes cannot be gathered
+        if self.settings.alignment == "none":
+            return loss
+        index = list(self.members).index(name)
+        return AlignedLoss(loss, self.wrapped_auxiliary["member_classifier"], index, self.settings.alignment_weight)
+
+    def build_auxiliary(self) -> nn.ModuleDict:
+        """The member classifier, if alignment is on."""
+        if self.settings.alignment == "none":
+            return nn.ModuleDict()
+        network = self.unwrapped_network()
+        stage = find_stage(network, "bottleneck")
+        network.tapped_stages = (stage,)
+        return nn.ModuleDict({"member_classifier": MemberClassifier(stage.channels, len(self.members))})
+
+    def _configuration(self, name: str) -> ConfigurationManager:
+        """The member's stock configuration with the batch size that was planned for the teacher."""
+        configuration = dict(self.members[name].configuration_manager.configuration)
+        configuration["batch_size"] = self.joint.members[name].batch_sizes[self.configuration_name]
+        return ConfigurationManager(configuration)
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        """Deep supervision follows the teacher's strides, whichever member speaks."""
+        with self._attributes(configuration_manager=self.joint_configuration_manager):
+            return super()._get_deep_supervision_scales()
+
+    @contextmanager
+    def _attributes(self, **values: Any) -> Iterator[None]:
+        """Set attributes of the trainer for the duration of a block."""
+        before = {name: getattr(self, name) for name in values}
+        self.__dict__.update(values)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+    @contextmanager
+    def speaking_for(self, name: str) -> Iterator[Member]:
+        """Let stock methods see the member's plans, labels, folders and batch size instead of the joint dataset's."""
+        member = self.members[name]
+        previous = None
+        if self.is_cascaded:
+            folder = Path(str(nnUNet_results), *Path(self.folder_with_segs_from_previous_stage).parts[-4:-2])
+            previous = str(folder / name / "predicted_next_stage" / self.configuration_name)
+        with self._attributes(
+            member=name,
+            plans_manager=member.plans_manager,
+            configuration_manager=self._configuration(name),
+            dataset_json=member.dataset_json,
+            label_manager=member.label_manager,
+            preprocessed_dataset_folder_base=str(member.base_folder),
+            preprocessed_dataset_folder=str(member.data_folder),
+            dataset_class=member.dataset_class,
+            folder_with_segs_from_previous_stage=previous,
+            batch_size=self.batch_size,
+            oversample_foreground_percent=self.settings.training.oversample_foreground_percent,
+        ):
+            self._set_batch_size_and_oversample()
+            yield member
+
+    # ---- data -----------------------------------------------------------------------------------------------------
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """The speaking member's cases of the joint fold; all as MEMBER/CASE when none speaks."""
+        if self.member is not None:
+            training, validation = self.splits[self.member]
+            return list(training), list(validation)
+        sides: tuple[list[str], list[str]] = ([], [])
+        for name, split in self.splits.items():
+            for side, cases in zip(sides, split, strict=True):
+                side += [f"{name}/{case}" for case in cases]
+        return sides
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:  # type: ignore[override]
+        """Stock transforms; labels go to the shared head, the sample is padded to the teacher's strides."""
+        return self._insert_transforms(nnUNetTrainer.get_training_transforms(*args, **kwargs))
+
+    def get_validation_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:  # type: ignore[override]
+        """Stock transforms with the same two additions."""
+        return self._insert_transforms(nnUNetTrainer.get_validation_transforms(*args, **kwargs))
+
+    def _insert_transforms(self, composed: ComposeTransforms) -> ComposeTransforms:
+        """Add ours right before nnU-Net turns -1 into background, where the segmentation is still a label map."""
+        position = next(i for i, t in enumerate(composed.transforms) if isinstance(t, RemoveLabelTansform))
+        own: list[Any] = [PadToMultipleTransform(self.joint_network.multiple)]
+        label_map = self.joint.head_map(str(self.member))
+        if label_map is not None:
+            own.append(MapLabelsTransform(label_map.lookup_table()))
+        composed.transforms[position:position] = own
+        return composed
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """One stock loader per member behind one joint loader, inside stock nnU-Net's augmenters."""
+        training, validation = {}, {}
+        num_processes = get_allowed_n_proc_DA()
+        with _environment("nnUNet_n_proc_DA", "0"):  # stock nnU-Net then returns the bare loaders
+            for name in self.members:
+                with self.speaking_for(name):
+                    single_training, single_validation = super().get_dataloaders()
+                training[name], validation[name] = single_training.data_loader, single_validation.data_loader
+        joint_training = JointLoader(training, self.probabilities)
+        joint_validation = JointLoader(validation, None)
+        if num_processes == 0:
+            return SingleThreadedAugmenter(joint_training, None), SingleThreadedAugmenter(joint_validation, None)
+        pin_memory = self.device.type == "cuda"
+        augmenters = [
+            NonDetMultiThreadedAugmenter(
+                data_loader=loader,
+                transform=None,
+                num_processes=processes,
+                num_cached=cached,
+                seeds=None,
+                pin_memory=pin_memory,
+                wait_time=0.002,
+            )
+            for loader, processes, cached in (
+                (joint_training, num_processes, max(6, num_processes // 2)),
+                (joint_validation, max(1, num_processes // 2), max(3, num_processes // 4)),
+            )
+        ]
+        for augmenter in augmenters:
+            next(augmenter)
+        return augmenters[0], augmenters[1]
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Start as stock nnU-Net does and say how often each member is drawn."""
+        super().on_train_start()
+        total = self.num_epochs * self.num_iterations_per_epoch
+        for name, probability in self.probabilities.items():
+            if self.local_rank == 0:
+                with self.speaking_for(name) as member:
+                    self.dataset_class.unpack_dataset(str(member.data_folder), overwrite_existing=False, verify=True)
+            training, validation = self.splits[name]
+            self.print_to_log_file(
+                f"{name}: {len(training)} training and {len(validation)} validation cases, drawn with p = "
+                f"{probability:.3f}, about {probability * total:.0f} of {total} steps",
+                add_timestamp=False,
+            )
+
+    def _speak(self, batch: dict[str, Any]) -> str:
+        name = batch["member"]
+        self.joint_network.select(name)
+        self.label_manager = self.head_label_managers[name]
+        self.loss = self.losses[name]
+        return name
+
+    def train_step(self, batch: dict) -> dict:
+        """Stock training step on the batch's member."""
+        name = self._speak(batch)
+        if isinstance(self.loss, AlignedLoss):
+            self.loss.progress = self.current_epoch / self.num_epochs
+        self.steps[name] += 1
+        return super().train_step(batch)
+
+    def validation_step(self, batch: dict) -> dict:
+        """Stock validation step on the batch's member, with its name."""
+        name = self._speak(batch)
+        return {"member": name, **super().validation_step(batch)}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """Pseudo Dice per member; nnU-Net's mean_fg_dice, which chooses checkpoint_best, is the mean over members."""
+        if self.is_ddp:
+            gathered: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(gathered, val_outputs)
+            val_outputs = [output for rank in gathered for output in rank]
+        dice_per_class: list[float] = []
+        self.member_dice = {}
+        for name in self.members:
+            own = [output for output in val_outputs if output["member"] == name]
+            label_manager = self.head_label_managers[name]
+            foreground = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
+            if not own:
+                dice_per_class += [float("nan")] * len(foreground)
+                continue
+            tp, fp, fn = (np.sum([output[key] for output in own], 0) for key in ("tp_hard", "fp_hard", "fn_hard"))
+            with np.errstate(invalid="ignore"):
+                dice = 2 * tp / (2 * tp + fp + fn)
+            dice_per_class += dice.tolist()
+            self.member_dice[name] = float(np.nanmean(dice)) if not np.isnan(dice).all() else float("nan")
+        values = list(self.member_dice.values())
+        mean = float(np.nanmean(values)) if not np.isnan(values).all() else 0.0
+        self.logger.log("mean_fg_dice", mean, self.current_epoch)
+        self.logger.log("dice_per_class_or_region", dice_per_class, self.current_epoch)
+        self.logger.log("val_losses", np.mean([output["loss"] for output in val_outputs]), self.current_epoch)
+
+    def on_epoch_end(self) -> None:
+        """Stock epoch end, with pseudo Dice and steps per member in the log."""
+        parts = [f"{name} {value:.4f} ({self.steps[name]} steps)" for name, value in self.member_dice.items()]
+        self.print_to_log_file("Pseudo dice per member:", "; ".join(parts))
+        super().on_epoch_end()
+
+    def checkpoint_extra(self) -> dict[str, Any]:
+        """Also the cases that the teacher was trained on, and the steps per member."""
+        cases = {name: list(training) for name, (training, _) in self.splits.items()}
+        return {**super().checkpoint_extra(), "training_cases": cases, "steps": dict(self.steps)}
+
+    def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
+        """Also the steps per member."""
+        super().load_checkpoint_extra(extra)
+        self.steps = Counter(extra.get("steps", {}))
+
+    # ---- final validation -----------------------------------------------------------------------------------------
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Stock validation per member into ``MEMBER/validation``, and one summary over all in ``validation``."""
+        folder = Path(self.output_folder)
+        for name in self.members:
+            self.print_to_log_file(f"Validating {name}")
+            self.joint_network.select(name)
+            with self.speaking_for(name), self._attributes(**self._member_output(name)):
+                super().perform_actual_validation(save_probabilities)
+        self.joint_network.select(None)
+        if self.local_rank == 0:
+            summaries = {name: folder / name / "validation" / "summary.json" for name in self.members}
+            (folder / "validation").mkdir(exist_ok=True)
+            write_json(folder / "validation" / "summary.json", _join_summaries(summaries))
+
+    def _member_output(self, name: str) -> dict[str, Any]:
+        """Attributes that send stock validation into the member's folders and show a shared head in its labels."""
+        values: dict[str, Any] = {
+            "output_folder": str(Path(self.output_folder) / name),
+            "output_folder_base": str(Path(self.output_folder_base) / name),
+        }
+        label_map = self.joint.head_map(name)
+        if label_map is not None:
+            values["network"] = MemberView(self.network, self.joint_network.decoder, label_map)
+            values["label_manager"] = evaluation_labels(self.members[name].label_manager, label_map)
+        return values
+
+
+def _join_summaries(files: dict[str, Path]) -> dict[str, Any]:
+    """One summary in nnU-Net's format: classes as MEMBER/CLASS, foreground mean = mean over the members."""
+    joined: dict[str, Any] = {"foreground_mean": {}, "mean": {}, "members": {}, "metric_per_case": []}
+    for name, file in files.items():
+        summary = json.loads(file.read_text())
+        joined["members"][name] = summary["foreground_mean"]
+        joined["mean"].update({f"{name}/{label}": metrics for label, metrics in summary["mean"].items()})
+        joined["metric_per_case"] += [{"member": name, **case} for case in summary["metric_per_case"]]
+    for metric in next(iter(joined["members"].values())):
+        joined["foreground_mean"][metric] = float(np.nanmean([own[metric] for own in joined["members"].values()]))
+    return joined
+
+
+def _disable_gathering(loss: nn.Module) -> None:
+    for module in loss.modules():
+        if hasattr(module, "ddp"):
+            module.ddp = False
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
