@@ -23,8 +23,9 @@ from pathlib import Path
 for _name in [name for name in os.environ if name.lower().startswith("nnunet")]:
     if not _name.startswith("NNUNET_KD_"):
         del os.environ[_name]
+# One worker process, not none: nnU-Net's planner refuses nnUNet_n_proc_DA=0.
 SMALL_MACHINE = {
-    "nnUNet_n_proc_DA": "0",
+    "nnUNet_n_proc_DA": "1",
     "nnUNet_def_n_proc": "1",
     "nnUNet_compile": "f",
     "OMP_NUM_THREADS": "1",
