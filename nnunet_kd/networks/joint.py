@@ -90,24 +90,28 @@ class JointUNet(nn.Module):
         self._input_convolution[0].channels = None if route is None else route.channels
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
-        """Return what the stock U-Net returns, for the selected member; with tapped stages also the features."""
+        """Return what the stock U-Net returns, for the selected member; while training also the tapped features."""
+        stages = self.tapped_stages if self.training else ()
+        outputs, features = self.run(image, stages)
+        result = outputs if self.decoder.deep_supervision else outputs[0]
+        return (result, features) if stages else result
+
+    def run(self, image: Tensor, stages: Sequence[Stage]) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs (highest resolution first) and the features of ``stages`` for a patch of any size."""
         shape = image.shape[2:]
         padded = pad_to_multiple(image, self.multiple)
-        outputs, features = forward_unet(self, padded, self.tapped_stages, self._head)
+        outputs, features = forward_unet(self, padded, stages, self._head)
         if self.member is None:
             outputs = [self.joint_logits(output) for output in outputs]
         if padded.shape != image.shape:
             if self.decoder.deep_supervision:
-                raise ValueError(
-                    f"A training patch must be a multiple of the strides {self.multiple}, not {tuple(shape)}."
-                )
+                raise ValueError(f"A training patch must be a multiple of {self.multiple}, not {tuple(shape)}.")
             outputs = [crop(outputs[0], shape)]
             features = [
                 crop(feature, [-(-size // step) for size, step in zip(shape, stage.stride, strict=True)])
-                for feature, stage in zip(features, self.tapped_stages, strict=True)
+                for feature, stage in zip(features, stages, strict=True)
             ]
-        result = outputs if self.decoder.deep_supervision else outputs[0]
-        return (result, features) if self.tapped_stages else result
+        return outputs, features
 
     def joint_logits(self, logits: Tensor) -> Tensor:
         """All heads' raw logits [B, sum of heads, *S] as joint logits [B, 1 + all foreground classes, *S]."""

@@ -15,9 +15,8 @@ def scale_width(architecture: dict[str, Any], width: float, min_features: int = 
 
     Args:
         architecture: The whole block (``network_class_name``, ``arch_kwargs``, ``_kw_requires_import``).
-        width: Factor greater than 0, for example 0.5. A stage never has more than ``min_features`` features only
-            because of rounding, and never fewer, unless it was planned with fewer.
-        min_features: Lower bound of a stage's features.
+        width: Factor greater than 0, for example 0.5.
+        min_features: No stage is made narrower than this; one that was planned narrower keeps its width.
 
     Raises:
         SettingsError: ``width`` or ``min_features`` is not positive, or the architecture has no stage widths.

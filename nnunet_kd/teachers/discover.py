@@ -1,0 +1,60 @@
+"""Find the joint teacher of a student that names none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.paths import nnUNet_results
+
+from nnunet_kd.data.joint import find_joint_datasets
+from nnunet_kd.errors import TeacherError
+
+TEACHER_TRAINER = "nnUNetTrainerKDTeacher"
+
+
+def discover_joint_teacher(
+    dataset: str, configuration: str, fold: int | str, joint: str | None = None, checkpoint: str = "checkpoint_final.pth"
+) -> dict[str, Any]:
+    """Settings of the one trained joint teacher that has ``dataset`` as a member, for this configuration and fold.
+
+    Args:
+        dataset: Full dataset name of the student.
+        configuration: Its configuration.
+        fold: Its fold.
+        joint: Only this joint dataset (full name or id).
+        checkpoint: Checkpoint that must exist.
+
+    Raises:
+        TeacherError: No joint dataset names it, none has a trained teacher, or several have.
+    """
+    candidates = [(found, plans) for found, plans in find_joint_datasets(dataset) if _is_wanted(found.name, joint)]
+    if not candidates:
+        which = "no joint dataset" if joint is None else f"the joint dataset {joint} does not exist or does not"
+        raise TeacherError(
+            f"No teacher: {which} name{'s' if joint is None else ''} {dataset} as a member. Make a teacher first:\n"
+            f"  nnUNetKD_plan_and_preprocess -d {dataset[7:10]} OTHER_ID --joint NEW_ID -c {configuration}\n"
+            f"  nnUNetv2_train NEW_ID {configuration} {fold} -tr {TEACHER_TRAINER} -p nnUNetKDPlans\n"
+            f"or name any trained nnU-Net in the settings (teachers: {{\"joint\": {{\"model\": FOLDER}}}})."
+        )
+    trained, commands = [], []
+    for found, plans in candidates:
+        relative = f"{found.name}/{TEACHER_TRAINER}__{plans}__{configuration}"
+        commands.append(f"  nnUNetv2_train {found.name[7:10]} {configuration} {fold} -tr {TEACHER_TRAINER} -p {plans}")
+        if (Path(str(nnUNet_results)) / relative / f"fold_{fold}" / checkpoint).is_file():
+            trained.append((found.name, relative))
+    if not trained:
+        raise TeacherError(
+            f"No trained teacher for {dataset} {configuration} fold {fold}. Train one first:\n" + "\n".join(commands)
+        )
+    if len(trained) > 1:
+        names = ", ".join(name for name, _ in trained)
+        raise TeacherError(
+            f"Several joint datasets have a trained teacher for {dataset} {configuration} fold {fold}: {names}. Name one "
+            f"in the settings, for example nnUNetKD_settings='{{\"joint\": \"{trained[0][0]}\"}}'."
+        )
+    return {"joint": trained[0][0], "teachers": {"joint": {"model": trained[0][1]}}}
+
+
+def _is_wanted(name: str, joint: str | None) -> bool:
+    return joint is None or name == joint or name[7:10] == str(joint).zfill(3)

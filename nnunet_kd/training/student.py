@@ -1,0 +1,219 @@
+"""The student: stock nnU-Net on its own plans and data, plus a list of terms.
+
+Host behaviour relied on (nnunetv2 2.8): ``train_step`` calls ``self.network`` and ``self.loss`` once each, and
+``validation_step`` too; a tapped network returns features only while it trains.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from torch import nn
+
+from nnunet_kd.networks.adapters import Projector
+from nnunet_kd.networks.taps import find_stage, tap
+from nnunet_kd.settings import BLOCK, DESCRIPTION_KEYS, Settings, merge, read_user_settings, resolve_settings
+from nnunet_kd.spaces.labels import LabelMap
+from nnunet_kd.teachers.discover import discover_joint_teacher
+from nnunet_kd.teachers.nnunet import NNUNetTeacher, Student
+from nnunet_kd.training.base import KDTrainer
+from nnunet_kd.training.distillation import DistillationLoss, build_terms, projector_name
+
+SETTINGS_FILE = "nnunet_kd_settings.json"
+
+
+class nnUNetTrainerKDStudent(KDTrainer):
+    """Student with the default terms of multi-dataset cross-domain distillation (arXiv 2605.01563; weights: our choice)."""
+
+    preset: ClassVar[dict[str, Any]] = {
+        "terms": [
+            {"teacher": "joint", "on": "logits", "loss": "kl", "temperature": 2.0, "weight": 1.0},
+        ],
+    }
+
+    # ---- settings -------------------------------------------------------------------------------------------------
+
+    def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
+        """Add the joint teacher that fits, if neither the plans nor the user name a teacher."""
+        block = {key: value for key, value in plans.get(BLOCK, {}).items() if key not in DESCRIPTION_KEYS}
+        given = merge(block, read_user_settings())
+        teachers = given.get("teachers", {})
+        preset = self.preset
+        if "terms" not in given and len(teachers) == 1:
+            only = next(iter(teachers))
+            preset = {**preset, "terms": [{**term, "teacher": only} for term in preset.get("terms", [])]}
+        terms = given.get("terms", preset.get("terms", []))
+        found: dict[str, Any] = {}
+        if any(term.get("teacher", "joint") == "joint" for term in terms) and not teachers.get("joint", {}).get("model"):
+            found = self._find_teacher(plans, configuration, fold, given)
+        return resolve_settings(preset, found, given)
+
+    def _find_teacher(self, plans: dict, configuration: str, fold: int | str, given: dict[str, Any]) -> dict[str, Any]:
+        """The recorded teacher of this very training if there is one, else the joint teacher that fits."""
+        name = f"{self.__class__.__name__}__{plans['plans_name']}__{configuration}"
+        folder = Path(str(nnUNet_results)) / plans["dataset_name"] / name / f"fold_{fold}"
+        started = any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("final", "latest", "best"))
+        resumed = plans.get("continue_training") or (folder / "checkpoint_final.pth").is_file()
+        if started and resumed and (folder / SETTINGS_FILE).is_file():
+            recorded = json.loads((folder / SETTINGS_FILE).read_text())
+            return {"joint": recorded["joint"], "teachers": {"joint": recorded["teachers"]["joint"]}}
+        checkpoint = given.get("teachers", {}).get("joint", {}).get("checkpoint", "checkpoint_final.pth")
+        return discover_joint_teacher(plans["dataset_name"], configuration, fold, given.get("joint"), checkpoint)
+
+    # ---- set-up -----------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """Find the teachers (plans only; weights are read when training starts), then initialise."""
+        self.levels = sorted({level for term in self.settings.terms for level in term.levels})
+        if not hasattr(self, "projector_shapes"):  # else they come from the checkpoint that is being resumed
+            self.teachers = self._make_teachers()
+            self.projector_shapes: dict[str, tuple[int, int, int]] | None = None
+        super().initialize()
+
+    def _make_teachers(self) -> dict[str, NNUNetTeacher]:
+        channels = self.dataset_json.get("channel_names", self.dataset_json.get("modality"))
+        student = Student(
+            self.plans_manager.dataset_name,
+            self.plans_manager,
+            self.configuration_manager,
+            self.dataset_json,
+            tuple(channels[key] for key in sorted(channels, key=int)),
+            self.fold,
+        )
+        used = {term.teacher for term in self.settings.terms if term.weight != 0}
+        return {
+            name: NNUNetTeacher(name, settings, student)
+            for name, settings in self.settings.teachers.items()
+            if name in used
+        }
+
+    def build_auxiliary(self) -> nn.ModuleDict:
+        """A projector per teacher and level; also taps the network."""
+        if not self.levels:
+            return nn.ModuleDict()
+        network = self.unwrapped_network()
+        stages = {level: find_stage(network, level) for level in self.levels}
+        tap(network, list(stages.values()))
+        if self.projector_shapes is None:
+            self.projector_shapes = {}
+            for name, teacher in self.teachers.items():
+                own = sorted({level for t in self.settings.terms if t.teacher == name for level in t.levels})
+                for level, stage in teacher.find_stages(own).items():
+                    shape = (len(stage.stride), stages[level].channels, stage.channels)
+                    self.projector_shapes[projector_name(name, level)] = shape
+        return nn.ModuleDict({name: Projector(*shape) for name, shape in self.projector_shapes.items()})
+
+    def on_train_start(self) -> None:
+        """Read the teachers' weights, build the terms, then start as stock nnU-Net does."""
+        if not self.was_initialized:
+            self.initialize()
+        if not hasattr(self, "teachers"):
+            self.teachers = self._make_teachers()
+        for name, teacher in self.teachers.items():
+            levels = sorted({level for t in self.settings.terms if t.teacher == name for level in t.levels})
+            teacher.load(self.device, levels, self._do_i_compile())
+            self._say_what_is_taught(name, teacher)
+        self.loss = self._distillation_loss(self.loss)
+        for name, counts in getattr(self, "restored_competence", {}).items():
+            self.loss.competence[name].counts = None if counts is None else counts.to(self.device)
+        for term in self.loss.terms:
+            for key in (term.name, f"{term.name} weighted"):
+                self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
+        super().on_train_start()
+
+    def _say_what_is_taught(self, name: str, teacher: NNUNetTeacher) -> None:
+        self.print_to_log_file(
+            f"Teacher '{name}': {', '.join(str(file) for file in teacher.files)}, classes "
+            f"{', '.join(teacher.teacher_map.target.names)}",
+            add_timestamp=False,
+        )
+        if teacher.leaked_cases:
+            self.print_to_log_file(
+                f"WARNING: LEAKAGE ACCEPTED. Teacher '{name}' was trained on {len(teacher.leaked_cases)} validation cases "
+                f"of this fold; the validation results of this student are contaminated.",
+                add_timestamp=False,
+            )
+
+    def _distillation_loss(self, supervised: nn.Module) -> DistillationLoss:
+        maps: dict[str, LabelMap] = {name: teacher.student_map for name, teacher in self.teachers.items()}
+        used = [term for term in self.settings.terms if term.teacher in self.teachers]
+        settings = Settings(teachers=self.settings.teachers, terms=used)
+        weights = supervised.weight_factors if isinstance(supervised, DeepSupervisionWrapper) else (1.0,)
+        terms = build_terms(settings, {name: label_map.target.regions for name, label_map in maps.items()})
+        return DistillationLoss(
+            supervised, weights, terms, maps, self.wrapped_auxiliary, self.levels, self.settings.guard
+        ).to(self.device)
+
+    # ---- training -----------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """Count the steps of the epoch, which the schedules of the terms follow."""
+        super().on_train_epoch_start()
+        self.step_in_epoch = 0
+        self.epoch_terms: list[dict[str, Any]] = []
+
+    def train_step(self, batch: dict) -> dict:
+        """Ask the teachers that have a weight now, then take stock nnU-Net's training step."""
+        loss = self.loss
+        loss.progress = (self.current_epoch + self.step_in_epoch / self.num_iterations_per_epoch) / self.num_epochs
+        self.step_in_epoch += 1
+        active = [term.settings for term in loss.terms if term.weight(loss.progress) != 0]
+        if active:
+            batch["data"] = batch["data"].to(self.device, non_blocking=True)
+            for name, teacher in self.teachers.items():
+                own = [term for term in active if term.teacher == name]
+                if own:
+                    logits = self.settings.guard.margin is not None or any(term.on == "logits" for term in own)
+                    loss.teacher_outputs[name] = teacher(batch["data"], want_logits=logits)
+        try:
+            return super().train_step(batch)
+        finally:
+            loss.teacher_outputs.clear()
+            if loss.logged:
+                self.epoch_terms.append(dict(loss.logged))
+                loss.logged.clear()
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Stock logging, and every term raw and weighted."""
+        super().on_train_epoch_end(train_outputs)
+        for term in self.loss.terms:
+            seen = [step[term.name] for step in self.epoch_terms if term.name in step]
+            means = [float(torch.stack(values).mean()) for values in zip(*seen, strict=True)] if seen else [0.0, 0.0]
+            for key, value in zip((term.name, f"{term.name} weighted"), means, strict=True):
+                self.logger.log(key, value, self.current_epoch)
+            self.print_to_log_file(f"{term.name}: {np.round(means[0], 4)}, weighted {np.round(means[1], 4)}")
+        for name, competence in self.loss.competence.items():
+            if competence.counts is not None:
+                student, teacher = (float(value) for value in competence.dice())
+                self.print_to_log_file(f"Dice on training batches: student {student:.4f}, teacher '{name}' {teacher:.4f}")
+        if self.current_epoch == 0:
+            for teacher in self.teachers.values():
+                if teacher.precision_note:
+                    self.print_to_log_file(teacher.precision_note)
+
+    # ---- checkpoint -----------------------------------------------------------------------------------------------------
+
+    def checkpoint_extra(self) -> dict[str, Any]:
+        """Also the projectors' shapes, the competence, and where the teachers came from."""
+        extra = super().checkpoint_extra()
+        extra["projector_shapes"] = {name: list(shape) for name, shape in (self.projector_shapes or {}).items()}
+        if isinstance(self.loss, DistillationLoss):
+            extra["competence"] = {name: value.counts for name, value in self.loss.competence.items()}
+            extra["teachers"] = {
+                name: {"files": [str(file) for file in teacher.files], "leaked_cases": teacher.leaked_cases}
+                for name, teacher in self.teachers.items()
+            }
+        return extra
+
+    def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
+        """Projectors are rebuilt from the checkpoint, so that validation needs no teacher."""
+        super().load_checkpoint_extra(extra)
+        shapes = extra.get("projector_shapes", {})
+        self.projector_shapes = {name: (shape[0], shape[1], shape[2]) for name, shape in shapes.items()}
+        self.restored_competence = extra.get("competence", {})
