@@ -1,0 +1,187 @@
+"""Per-case rows of several datasets, methods and runs -> one table with intervals and paired tests.
+
+How the numbers are made (our design): classes are averaged within a case; a case has one value per run (fold x seed) in
+which it was tested; the value of a case is the mean over its runs. The mean, its interval and all comparisons are over
+cases, so that repeated runs do not pass as more patients; the spread over runs is given beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nnunet_kd.errors import NnUNetKDError
+from nnunet_kd.evaluation.statistics import PairedComparison, bootstrap_interval, compare_paired, holm
+
+COLUMNS = ("dataset", "method", "case")
+TABLE_COLUMNS = [
+    "dataset",
+    "method",
+    "num_cases",
+    "num_runs",
+    "mean",
+    "low",
+    "high",
+    "sd_runs",
+    "difference",
+    "difference_low",
+    "difference_high",
+    "wins",
+    "losses",
+    "ties",
+    "p_value",
+    "p_holm",
+    "note",
+]
+
+
+def summarize(
+    rows: pd.DataFrame,
+    control: str,
+    *,
+    metric: str = "dice",
+    run_columns: Sequence[str] = ("fold", "seed"),
+    higher_is_better: bool = True,
+    level: float = 0.95,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Summarise per-case rows, one line per dataset and method in the order of their first appearance.
+
+    Args:
+        rows: Columns ``dataset``, ``method``, ``case``, ``metric`` and, where there are several, ``class`` and
+            ``run_columns``; one row per case, class and run. A NaN is a class that is not there, and is left out.
+        control: The method that the others are compared with, on the cases that both have.
+        metric: The column to summarise.
+        run_columns: Columns that together name a run; those that ``rows`` lacks are taken as constant.
+        higher_is_better: False for distances and errors.
+        level: Coverage of the intervals.
+        num_resamples: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Columns ``dataset``, ``method``, ``num_cases``, ``num_runs``, ``mean``, ``low``, ``high``, ``sd_runs``,
+        ``difference``, ``difference_low``, ``difference_high``, ``wins``, ``losses``, ``ties``, ``p_value``, ``p_holm``
+        (corrected for all comparisons of the table) and ``note`` (why there is no p). The comparison is empty in the
+        lines of the control and where a dataset has no control.
+
+    Raises:
+        NnUNetKDError: A column is missing, or no row belongs to the control.
+    """
+    missing = [column for column in (*COLUMNS, metric) if column not in rows]
+    if missing:
+        msg = f"The rows have no column '{missing[0]}'. They have: {', '.join(map(str, rows.columns))}."
+        raise NnUNetKDError(msg)
+    if control not in set(rows["method"]):
+        msg = f"No row belongs to the control '{control}'. Methods: {', '.join(sorted(set(rows['method'])))}."
+        raise NnUNetKDError(msg)
+    runs = [column for column in run_columns if column in rows]
+    per_run = rows.groupby([*COLUMNS, *runs], sort=False, dropna=False)[metric].mean().dropna().reset_index()
+    bootstrap: dict[str, Any] = {"level": level, "num_resamples": num_resamples, "seed": seed}
+    lines = []
+    for dataset, of_dataset in per_run.groupby("dataset", sort=False):
+        methods = dict(iter(of_dataset.groupby("method", sort=False)))
+        values = {method: own.groupby("case")[metric].mean() for method, own in methods.items()}
+        for method, own in methods.items():
+            interval = bootstrap_interval(values[method], **bootstrap)
+            run_means = own.groupby(runs)[metric].mean() if runs else pd.Series([interval.value])
+            line = {
+                "dataset": dataset,
+                "method": method,
+                "num_cases": len(values[method]),
+                "num_runs": len(run_means),
+                "mean": interval.value,
+                "low": interval.low,
+                "high": interval.high,
+                "sd_runs": float(run_means.std(ddof=1)) if len(run_means) > 1 else math.nan,
+                "note": "",
+            }
+            if method != control and control in values:
+                paired = pd.concat([values[method], values[control]], axis=1, join="inner").to_numpy()
+                comparison = compare_paired(*paired.T, higher_is_better=higher_is_better, **bootstrap)
+                line |= _compared(comparison)
+            lines.append(line)
+    table = pd.DataFrame(lines, columns=TABLE_COLUMNS).astype(dict.fromkeys(("wins", "losses", "ties"), "Int64"))
+    table["p_holm"] = holm(table["p_value"].astype(float).tolist())
+    return table
+
+
+def _compared(comparison: PairedComparison) -> dict[str, Any]:
+    return {
+        "difference": comparison.difference.value,
+        "difference_low": comparison.difference.low,
+        "difference_high": comparison.difference.high,
+        "wins": comparison.wins,
+        "losses": comparison.losses,
+        "ties": comparison.ties,
+        "p_value": comparison.p_value,
+        "note": comparison.reason,
+    }
+
+
+def to_markdown(table: pd.DataFrame, *, metric: str = "Dice", level: float = 0.95, digits: int = 3) -> str:
+    """The table of :func:`summarize` as Markdown, with aligned columns."""
+    percent = f"{100 * level:g}%"
+    header = [
+        "dataset",
+        "method",
+        "cases",
+        f"{metric} [{percent} interval over cases]",
+        "sd over runs",
+        "difference to control",
+        "won/lost/tied",
+        "p",
+        "p (Holm)",
+    ]
+    body = []
+    for _, line in table.iterrows():
+        compared = not pd.isna(line["difference"])
+        body.append(
+            [
+                str(line["dataset"]),
+                str(line["method"]),
+                str(line["num_cases"]),
+                _with_interval(line["mean"], line["low"], line["high"], digits),
+                _number(line["sd_runs"], digits) + (f" ({line['num_runs']} runs)" if line["num_runs"] > 1 else ""),
+                _with_interval(line["difference"], line["difference_low"], line["difference_high"], digits, sign=True)
+                if compared
+                else "",
+                f"{line['wins']}/{line['losses']}/{line['ties']}" if compared else "",
+                (_p_value(line["p_value"]) or line["note"]) if compared else "",
+                _p_value(line["p_holm"]),
+            ]
+        )
+    widths = [max(len(row[column]) for row in [header, *body]) for column in range(len(header))]
+    rule = ["-" * width for width in widths]
+    rows = [header, rule, *body]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    )
+
+
+def write_table(table: pd.DataFrame, folder: Path, name: str = "table", *, metric: str = "Dice") -> tuple[Path, Path]:
+    """Write ``<name>.md`` and ``<name>.csv`` (all columns, full precision) into ``folder``; return both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    markdown, comma_separated = folder / f"{name}.md", folder / f"{name}.csv"
+    markdown.write_text(to_markdown(table, metric=metric) + "\n")
+    table.to_csv(comma_separated, index=False)
+    return markdown, comma_separated
+
+
+def _number(value: float, digits: int, sign: bool = False) -> str:
+    return "" if pd.isna(value) else f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def _with_interval(value: float, low: float, high: float, digits: int, sign: bool = False) -> str:
+    text = _number(value, digits, sign)
+    return text if pd.isna(low) else f"{text} [{_number(low, digits, sign)}, {_number(high, digits, sign)}]"
+
+
+def _p_value(value: float) -> str:
+    if pd.isna(value):
+        return ""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
