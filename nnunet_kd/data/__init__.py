@@ -1,0 +1,1 @@
+"""Members, the joint dataset, its splits and its loader."""

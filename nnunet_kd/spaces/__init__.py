@@ -1,0 +1,1 @@
+"""Label spaces and label maps, channel spaces (numpy and torch only)."""

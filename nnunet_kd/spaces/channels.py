@@ -1,0 +1,74 @@
+"""The channel space: the union of the members' image channels, into which every member's image is placed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nnunet_kd.errors import JointDatasetError
+
+
+@dataclass(frozen=True)
+class ChannelSpace:
+    """Named image channels in the order of a network's input."""
+
+    names: tuple[str, ...]
+
+    def indices(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Positions of ``names`` in this space, in the order of ``names``.
+
+        Raises:
+            JointDatasetError: A name is not in this space.
+        """
+        missing = [name for name in names if name not in self.names]
+        if missing:
+            raise JointDatasetError(
+                f"Channel {_quoted(missing)} is not among the joint channels {_quoted(self.names)}. Plan the joint "
+                f"dataset again with every member that has this channel."
+            )
+        return tuple(self.names.index(name) for name in names)
+
+    def place(self, image: Tensor, indices: Sequence[int]) -> Tensor:
+        """Place a member's image into this space; channels that it lacks are zero.
+
+        Args:
+            image: [B, member's channels, *S].
+            indices: Position of each of the member's channels, from :meth:`indices`.
+
+        Returns:
+            [B, channels of this space, *S]; ``image`` itself where it already has these channels in this order.
+
+        Raises:
+            ValueError: The image has another number of channels than ``indices``.
+        """
+        if image.shape[1] != len(indices):
+            raise ValueError(f"the image has {image.shape[1]} channels, but {len(indices)} indices were given")
+        if tuple(indices) == tuple(range(len(self.names))):
+            return image
+        placed = image.new_zeros((image.shape[0], len(self.names), *image.shape[2:]))
+        placed[:, list(indices)] = image
+        return placed
+
+
+def union(members: Mapping[str, Sequence[str]]) -> ChannelSpace:
+    """All channel names of ``members`` (member to its channel names) in the order of their first appearance.
+
+    Raises:
+        JointDatasetError: A member has two channels of one name, so that names do not tell them apart.
+    """
+    names: dict[str, None] = {}
+    for member, own in members.items():
+        repeated = sorted({name for name in own if list(own).count(name) > 1})
+        if repeated:
+            raise JointDatasetError(
+                f"{member} has more than one channel named {_quoted(repeated)}. A joint teacher tells channels apart "
+                f"by name: give each channel a name of its own in the dataset.json of {member} and plan it again."
+            )
+        names.update(dict.fromkeys(own))
+    return ChannelSpace(tuple(names))
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
