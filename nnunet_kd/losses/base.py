@@ -52,11 +52,13 @@ class DistillationLoss(nn.Module, ABC):
             return self.compute(student.to(precision), teacher.detach().to(precision), target, valid)
 
     @abstractmethod
-    def fit_masks(self, student: Tensor, target: Tensor | None, valid: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """Return ``target`` and a boolean ``valid`` on the grid of ``student``."""
+    def fit_masks(
+        self, student: Tensor, target: Tensor | None, valid: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return ``target`` and a boolean ``valid`` on the grid of ``student``, or None for what is not given."""
 
     @abstractmethod
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the loss. Both tensors have one floating type, ``valid`` is boolean; all are on one grid."""
 
 
@@ -74,37 +76,38 @@ class LogitsLoss(DistillationLoss):
         self.nonlinearity = require_choice("nonlinearity", nonlinearity, ("softmax", "sigmoid"))
         self.temperature = require_number("temperature", temperature, above=0.0)
 
-    def fit_masks(self, student: Tensor, target: Tensor | None, valid: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    def fit_masks(
+        self, student: Tensor, target: Tensor | None, valid: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Check that the masks have the grid of the logits."""
         one_channel = (student.shape[0], 1, *student.shape[2:])
-        if valid is None:
-            valid = student.new_ones(one_channel, dtype=torch.bool)
-        elif valid.shape != one_channel:
+        if valid is not None and valid.shape != one_channel:
             msg = f"valid has shape {tuple(valid.shape)}, but these logits need {one_channel}."
             raise ValueError(msg)
         expected = one_channel if self.nonlinearity == "softmax" else tuple(student.shape)
         if target is not None and target.shape != expected:
             msg = f"target has shape {tuple(target.shape)}, but {self.nonlinearity} logits need {expected}."
             raise ValueError(msg)
-        return target, valid.bool()
+        return target, None if valid is None else valid.bool()
 
 
 class FeatureLoss(DistillationLoss):
     """A loss between features of one width and grid; ``target`` and ``valid`` may have any resolution."""
 
-    def fit_masks(self, student: Tensor, target: Tensor | None, valid: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    def fit_masks(
+        self, student: Tensor, target: Tensor | None, valid: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Take the masks' nearest voxels to the grid of the features."""
         batch_size, grid = student.shape[0], student.shape[2:]
         for name, mask in (("target", target), ("valid", valid)):
             if mask is not None and (mask.ndim != student.ndim or mask.shape[0] != batch_size):
                 msg = f"{name} has shape {tuple(mask.shape)}, which does not fit features {tuple(student.shape)}."
                 raise ValueError(msg)
-        if valid is None:
-            valid = student.new_ones((batch_size, 1, *grid), dtype=torch.bool)
-        elif valid.shape[1] != 1:
+        if valid is not None and valid.shape[1] != 1:
             msg = f"valid has shape {tuple(valid.shape)}, but it needs one channel."
             raise ValueError(msg)
-        return None if target is None else resize_nearest(target, grid), resize_nearest(valid, grid).bool()
+        target = None if target is None else resize_nearest(target, grid)
+        return target, None if valid is None else resize_nearest(valid, grid).bool()
 
 
 def require_number(name: str, value: float, *, above: float = -math.inf, at_least: float = -math.inf) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from nnunet_kd.losses.base import FeatureLoss, LogitsLoss, require_number
-from nnunet_kd.losses.voxels import mean_of_samples
+from nnunet_kd.losses.voxels import all_valid, blank, mean_of_samples
 
 
 class ChannelWiseLogitsLoss(LogitsLoss):
@@ -22,7 +22,7 @@ class ChannelWiseLogitsLoss(LogitsLoss):
     Source: Shu et al., ICCV 2021 (arXiv 2011.13256), eq. (3) and (4).
     """
 
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the divergence, see :class:`ChannelWiseLogitsLoss`."""
         del target
         return channel_wise_divergence(student, teacher, valid, self.temperature)
@@ -41,19 +41,20 @@ class ChannelWiseFeatureLoss(FeatureLoss):
         super().__init__()
         self.temperature = require_number("temperature", temperature, above=0.0)
 
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the divergence, see :class:`ChannelWiseFeatureLoss`."""
         del target
         return channel_wise_divergence(student, teacher, valid, self.temperature)
 
 
-def channel_wise_divergence(student: Tensor, teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
+def channel_wise_divergence(student: Tensor, teacher: Tensor, valid: Tensor | None, temperature: float) -> Tensor:
     """Divergence of [B, C, *S] over valid voxels: temperature^2 times the mean over samples and channels."""
+    valid = all_valid(student) if valid is None else valid
     # Finite, so that a sample without valid voxels gives 0 and not NaN.
     lowest = torch.finfo(student.dtype).min / 4
     student, teacher = (
         log_softmax((values / temperature).masked_fill(~valid, lowest).flatten(2), dim=2)
         for values in (student, teacher)
     )
-    divergence = (teacher.exp() * (teacher - student)).masked_fill(~valid.flatten(2), 0).sum(dim=2)  # [B, C]
+    divergence = blank(teacher.exp() * (teacher - student), valid.flatten(2)).sum(dim=2)  # [B, C]
     return temperature**2 * mean_of_samples(divergence.mean(dim=1), valid)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nnunet_kd.losses.base import FeatureLoss, require_integer, require_number
-from nnunet_kd.losses.voxels import class_of_voxel, count_classes, mean_of_samples, standardise
+from nnunet_kd.losses.voxels import all_valid, blank, class_of_voxel, count_classes, mean_of_samples, standardise
 
 
 class ClassMaskedLoss(FeatureLoss):
@@ -34,11 +34,12 @@ class ClassMaskedLoss(FeatureLoss):
         self.temperature = require_number("temperature", temperature, above=0.0)
         self.num_classes = require_integer("num_classes", num_classes, at_least=1)
 
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the weighted mean, see :class:`ClassMaskedLoss`."""
         if target is None:
             raise ValueError("The loss 'class_masked' needs a target: the labels tell which voxels form a class.")
         student, teacher = standardise(student, valid), standardise(teacher, valid)
+        valid = all_valid(student) if valid is None else valid
         spatial_axes = tuple(range(2, student.ndim))
         num_voxels = valid.sum(spatial_axes, keepdim=True)  # [B, 1, 1, 1(, 1)]
 
@@ -57,6 +58,6 @@ class ClassMaskedLoss(FeatureLoss):
         channel = student.shape[1] * (response / self.temperature).softmax(dim=1)
 
         error = ((student - teacher).square() * channel).mean(dim=1, keepdim=True)
-        weighted = (scale * spatial * error).masked_fill(~valid, 0)
+        weighted = blank(scale * spatial * error, valid)
         per_sample = weighted.flatten(1).sum(dim=1) / num_voxels.flatten().clamp(min=1)
         return mean_of_samples(per_sample, valid)

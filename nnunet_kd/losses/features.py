@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from nnunet_kd.losses.base import FeatureLoss, require_flag, require_number
-from nnunet_kd.losses.voxels import masked_mean, mean_of_samples, standardise
-
-SMALLEST_NORM = 1e-6  # shorter vectors have no direction
+from nnunet_kd.losses.voxels import (
+    SMALLEST_NORM,
+    blank,
+    cosine_over_channels,
+    masked_mean,
+    mean_of_samples,
+    standardise,
+)
 
 
 class MeanSquaredErrorLoss(FeatureLoss):
@@ -25,7 +30,7 @@ class MeanSquaredErrorLoss(FeatureLoss):
         super().__init__()
         self.standardise = require_flag("standardise", standardise)
 
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the mean squared difference, see :class:`MeanSquaredErrorLoss`."""
         del target
         if self.standardise:
@@ -39,11 +44,10 @@ class CosineLoss(FeatureLoss):
     Source: our design; the cosine is that of the usual feature regression without length.
     """
 
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the mean, see :class:`CosineLoss`."""
         del target
-        cosine = cosine_similarity(student, teacher, dim=1, eps=SMALLEST_NORM).unsqueeze(1)
-        return masked_mean(1 - cosine, valid)
+        return masked_mean(1 - cosine_over_channels(student, teacher), valid)
 
 
 class AttentionLoss(FeatureLoss):
@@ -62,14 +66,13 @@ class AttentionLoss(FeatureLoss):
         super().__init__()
         self.power = require_number("power", power, at_least=1.0)
 
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the squared distance, see :class:`AttentionLoss`."""
         del target
-        student_map, teacher_map = (
-            normalize(
-                values.abs().pow(self.power).mean(dim=1, keepdim=True).masked_fill(~valid, 0).flatten(1),
-                eps=SMALLEST_NORM,
-            )
-            for values in (student, teacher)
-        )
+        student_map, teacher_map = self._attention(student, valid), self._attention(teacher, valid)
         return mean_of_samples((student_map - teacher_map).square().sum(dim=1), valid)
+
+    def _attention(self, features: Tensor, valid: Tensor | None) -> Tensor:
+        """The attention map of each sample, of length 1, as a vector [B, V]."""
+        attention = features.abs().pow(self.power).mean(dim=1, keepdim=True)
+        return normalize(blank(attention, valid).flatten(1), eps=SMALLEST_NORM)

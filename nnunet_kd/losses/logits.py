@@ -10,7 +10,7 @@ from torch.nn.functional import log_softmax, logsigmoid
 
 from nnunet_kd.errors import SettingsError
 from nnunet_kd.losses.base import LogitsLoss, Nonlinearity, require_choice, require_number
-from nnunet_kd.losses.voxels import balanced_weights, class_of_voxel, masked_mean
+from nnunet_kd.losses.voxels import all_valid, balanced_weights, blank, class_of_voxel, masked_mean
 
 
 class KullbackLeiblerLoss(LogitsLoss):
@@ -40,7 +40,7 @@ class KullbackLeiblerLoss(LogitsLoss):
         super().__init__(nonlinearity=nonlinearity, temperature=temperature)
         self.balance = require_choice("balance", balance, ("voxel", "class"))
 
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the divergence, see :class:`KullbackLeiblerLoss`."""
         if self.nonlinearity == "softmax":
             divergence = softmax_divergence(student / self.temperature, teacher / self.temperature)
@@ -97,7 +97,7 @@ class DecoupledLoss(LogitsLoss):
         self.alpha = require_number("alpha", alpha, at_least=0.0)
         self.beta = require_number("beta", beta, at_least=0.0)
 
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the weighted sum of both parts, see :class:`DecoupledLoss`."""
         student, teacher = student / self.temperature, teacher / self.temperature
         labels = teacher.argmax(dim=1, keepdim=True) if target is None else target
@@ -139,9 +139,10 @@ class CorrelationLoss(LogitsLoss):
         self.beta = require_number("beta", beta, at_least=0.0)
         self.gamma = require_number("gamma", gamma, at_least=0.0)
 
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the weighted sum of both parts, see :class:`CorrelationLoss`."""
         del target
+        valid = all_valid(student) if valid is None else valid
         student, teacher = self._probabilities(student), self._probabilities(teacher)
         num_channels, voxel_axes = student.shape[1], (0, *range(2, student.ndim))
 
@@ -180,14 +181,14 @@ def sigmoid_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return inside + outside
 
 
-def _inside_outside_weights(inside: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
+def _inside_outside_weights(inside: Tensor, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Weights [B, R, *S]: for each region, inside and outside have the same sum, and both together 1."""
     axes = (0, *range(2, inside.ndim))
-    num_inside = (inside & valid).sum(axes, keepdim=True)
-    num_outside = (~inside & valid).sum(axes, keepdim=True)
+    num_inside = blank(inside, valid).sum(axes, keepdim=True)
+    num_outside = blank(~inside, valid).sum(axes, keepdim=True)
     num_present = ((num_inside > 0).to(dtype) + (num_outside > 0).to(dtype)).clamp(min=1)
     count = torch.where(inside, num_inside, num_outside).clamp(min=1)
-    return (1 / (count * num_present)).masked_fill(~valid, 0)
+    return blank(1 / (count * num_present), valid)
 
 
 def _target_and_rest(logits: Tensor, target_class: Tensor) -> Tensor:
@@ -205,5 +206,5 @@ def _without(logits: Tensor, target_class: Tensor) -> Tensor:
 
 def _centred(values: Tensor, valid: Tensor, axes: tuple[int, ...], count: Tensor) -> Tensor:
     """``values`` less their mean over the valid voxels, 0 elsewhere."""
-    mean = values.masked_fill(~valid, 0).sum(axes, keepdim=True) / count
-    return (values - mean).masked_fill(~valid, 0)
+    mean = blank(values, valid).sum(axes, keepdim=True) / count
+    return blank(values - mean, valid)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, interpolate, normalize
+from torch.nn.functional import interpolate, normalize
 
 from nnunet_kd.losses.base import FeatureLoss, require_integer
-from nnunet_kd.losses.features import SMALLEST_NORM
-from nnunet_kd.losses.voxels import class_of_voxel, count_classes, masked_mean
+from nnunet_kd.losses.voxels import (
+    SMALLEST_NORM,
+    all_valid,
+    blank,
+    class_of_voxel,
+    cosine_over_channels,
+    count_classes,
+    masked_mean,
+)
 
 
 class AffinityLoss(FeatureLoss):
@@ -28,12 +35,13 @@ class AffinityLoss(FeatureLoss):
         super().__init__()
         self.tokens_per_axis = require_integer("tokens_per_axis", tokens_per_axis, at_least=1)
 
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the mean squared difference, see :class:`AffinityLoss`."""
         del target
+        valid = all_valid(student) if valid is None else valid
         is_token = self._pool(valid.to(student.dtype)).flatten(1) > 0  # [B, N]
-        student_affinity = self._affinity(student.masked_fill(~valid, 0))
-        teacher_affinity = self._affinity(teacher.masked_fill(~valid, 0))
+        student_affinity = self._affinity(blank(student, valid))
+        teacher_affinity = self._affinity(blank(teacher, valid))
         is_pair = is_token.unsqueeze(1) & is_token.unsqueeze(2)
         return masked_mean((student_affinity - teacher_affinity).square(), is_pair)
 
@@ -63,7 +71,7 @@ class IntraClassLoss(FeatureLoss):
         super().__init__()
         self.num_classes = require_integer("num_classes", num_classes, at_least=1)
 
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the mean squared difference, see :class:`IntraClassLoss`."""
         if target is None:
             raise ValueError("The loss 'intra_class' needs a target: the labels tell which voxels form a class.")
@@ -72,10 +80,10 @@ class IntraClassLoss(FeatureLoss):
         difference = self._variation(student, classes, counts, valid) - self._variation(teacher, classes, counts, valid)
         return masked_mean(difference.square(), valid)
 
-    def _variation(self, features: Tensor, classes: Tensor, counts: Tensor, valid: Tensor) -> Tensor:
+    def _variation(self, features: Tensor, classes: Tensor, counts: Tensor, valid: Tensor | None) -> Tensor:
         """Cosine [B, 1, *S] between each voxel's feature and its class mean."""
-        flat = features.masked_fill(~valid, 0).flatten(2)  # [B, C, V]
+        flat = blank(features, valid).flatten(2)  # [B, C, V]
         index = classes.flatten(2).expand_as(flat)
         sums = torch.zeros_like(flat[..., :1]).repeat(1, 1, self.num_classes).scatter_add(2, index, flat)
         mean_of_class = (sums / counts).gather(2, index).view_as(features)
-        return cosine_similarity(features, mean_of_class, dim=1, eps=SMALLEST_NORM).unsqueeze(1)
+        return cosine_over_channels(features, mean_of_class)

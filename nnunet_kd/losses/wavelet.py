@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnunet_kd.losses.base import FeatureLoss, require_choice, require_integer
+from nnunet_kd.losses.voxels import blank
 
 # Lowpass analysis filters of the orthonormal wavelets of Daubechies (Ten Lectures on Wavelets, 1992, table 6.1).
 LOWPASS: dict[str, tuple[float, ...]] = {
@@ -51,11 +52,10 @@ class WaveletDetailLoss(FeatureLoss):
         self.levels = require_integer("levels", levels, at_least=1)
         self.wavelet = require_choice("wavelet", wavelet, tuple(LOWPASS))
 
-    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the mean squared difference of the detail, see :class:`WaveletDetailLoss`."""
         del target
-        smooth = (student - teacher).masked_fill(~valid, 0)
-        share_of_valid = (valid.sum() / valid.numel()).clamp(min=1 / valid.numel())
+        smooth = blank(student - teacher, valid)
         errors: list[Tensor] = []
         while not errors or (len(errors) < self.levels and min(smooth.shape[2:]) >= len(LOWPASS[self.wavelet])):
             lowpass, highpass = self._filters(smooth)
@@ -65,7 +65,8 @@ class WaveletDetailLoss(FeatureLoss):
             detail = detail - _along_axes(rough, [matrix.T for matrix in highpass])
             errors.append(detail.square().mean())
             smooth = next_smooth
-        return torch.stack(errors).mean() / share_of_valid
+        error = torch.stack(errors).mean()
+        return error if valid is None else error * valid.numel() / valid.sum().clamp(min=1)
 
     def _filters(self, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The lowpass and the highpass matrix of each spatial axis."""
