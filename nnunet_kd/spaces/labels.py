@@ -250,7 +250,8 @@ def member_to_head_map(member: LabelSpace, head: LabelSpace, mapping: Mapping[st
             f'The member has an ignore label and the shared head has none. Add "ignore": {head.label_values[-1] + 1} '
             f"to the head's labels."
         )
-    pairs = {BACKGROUND: BACKGROUND, **_checked_mapping(member, head, mapping, "member", "shared head")}
+    where = "'members' of the head in the --heads file"
+    pairs = {BACKGROUND: BACKGROUND, **_checked_mapping(member, head, mapping, "member", "shared head", where)}
     return LabelMap(member, head, _groups_by_name(member, pairs, head.names))
 
 
@@ -328,6 +329,7 @@ def _checked_mapping(
     mapping: Mapping[str, str] | None,
     source_word: str = "student",
     target_word: str = "teacher",
+    where: str = "'labels' of the teacher in the settings",
 ) -> dict[str, str]:
     """Source foreground name -> target name, complete, in the order of the source's channels."""
     implied = {BACKGROUND: BACKGROUND, IGNORE: IGNORE}
@@ -355,8 +357,8 @@ def _checked_mapping(
         example = {name: pairs.get(name, "?") for name in source.foreground_names if name in pairs or name in missing}
         raise LabelSpaceError(
             f"{_quoted(missing)} of the {source_word} has no counterpart in the {target_word}, whose labels are "
-            f"{_quoted(allowed)}. Give the label map ({source_word} label: {target_word} label) with a label of the "
-            f'{target_word} for every "?": {json.dumps(example, ensure_ascii=False)}'
+            f"{_quoted(allowed)}. Write the label map ({source_word} label: {target_word} label) into {where}, with a label "
+            f'of the {target_word} for every "?": {json.dumps(example, ensure_ascii=False)}'
         )
     if set(pairs.values()) <= {BACKGROUND}:
         raise LabelSpaceError(
