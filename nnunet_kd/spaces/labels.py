@@ -357,8 +357,8 @@ def _checked_mapping(
         example = {name: pairs.get(name, "?") for name in source.foreground_names if name in pairs or name in missing}
         raise LabelSpaceError(
             f"{_quoted(missing)} of the {source_word} has no counterpart in the {target_word}, whose labels are "
-            f"{_quoted(allowed)}. Write the label map ({source_word} label: {target_word} label) into {where}, with a label "
-            f'of the {target_word} for every "?": {json.dumps(example, ensure_ascii=False)}'
+            f"{_quoted(allowed)}. Write the label map ({source_word} label: {target_word} label) into {where}, with a "
+            f'{target_word} label for every "?": {json.dumps(example, ensure_ascii=False)}'
         )
     if set(pairs.values()) <= {BACKGROUND}:
         raise LabelSpaceError(
