@@ -19,7 +19,7 @@ class ChannelWiseLogitsLoss(LogitsLoss):
 
     Numerics: log_softmax in float32; probabilities of more than 10^5 voxels vanish in float16.
 
-    Source: Shu et al., ICCV 2021 (arXiv 2011.13256), eq. (3) and (4).
+    Source: Shu et al., ICCV 2021 (arXiv 2011.13256).
     """
 
     def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
@@ -34,7 +34,7 @@ class ChannelWiseFeatureLoss(FeatureLoss):
     Args:
         temperature: Divides both features (> 0).
 
-    Source: Shu et al., ICCV 2021 (arXiv 2011.13256), eq. (3) and (4).
+    Source: Shu et al., ICCV 2021 (arXiv 2011.13256).
     """
 
     def __init__(self, *, temperature: float = 4.0) -> None:

@@ -25,7 +25,7 @@ class ClassMaskedLoss(FeatureLoss):
         num_classes: At least the number of classes in ``target``; larger labels share the last class. A bound is
             needed because looking into ``target`` would make the device wait.
 
-    Source: our design after FGD (Yang et al., CVPR 2022, arXiv 2111.11837, eq. (2) to (8); boxes become classes) and
+    Source: our design after FGD (Yang et al., CVPR 2022, arXiv 2111.11837; boxes become classes) and
     the idea of ReCo-KD (arXiv 2601.08301), whose equations we have not seen.
     """
 

@@ -23,7 +23,7 @@ class MeanSquaredErrorLoss(FeatureLoss):
         standardise: First bring each sample and channel to mean 0 and variance 1 over its valid voxels, so that the
             student imitates patterns and not scale.
 
-    Source: Romero et al. (FitNets), ICLR 2015 (arXiv 1412.6550), eq. (3). Standardising: our design.
+    Source: Romero et al. (FitNets), ICLR 2015 (arXiv 1412.6550). Standardising: our design.
     """
 
     def __init__(self, *, standardise: bool = True) -> None:
@@ -58,7 +58,7 @@ class AttentionLoss(FeatureLoss):
     Args:
         power: Exponent (>= 1).
 
-    Source: Zagoruyko and Komodakis, ICLR 2017 (arXiv 1612.03928), eq. (2). Differs from it: the squared distance, as
+    Source: Zagoruyko and Komodakis, ICLR 2017 (arXiv 1612.03928). Differs from it: the squared distance, as
     in the released code, which however divides it by the number of voxels too and so needs weights near 1000.
     """
 

@@ -27,7 +27,7 @@ class KullbackLeiblerLoss(LogitsLoss):
             "sigmoid", for each region, the mean inside and the mean outside count the same. The classes are those of
             ``target`` or, without it, the teacher's most probable ones.
 
-    Source: Hinton, Vinyals and Dean, arXiv 1503.02531 (2015), section 2.1. Sigmoid and "class": our design.
+    Source: Hinton, Vinyals and Dean, arXiv 1503.02531 (2015), section 2. Sigmoid and "class": our design.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class DecoupledLoss(LogitsLoss):
 
     Without ``target`` the teacher's most probable class is the target.
 
-    Source: Zhao et al., CVPR 2022 (arXiv 2203.08679), eq. (7), per voxel. Differs from it: mean over voxels.
+    Source: Zhao et al., CVPR 2022 (arXiv 2203.08679), per voxel. Differs from it: mean over voxels.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class CorrelationLoss(LogitsLoss):
             gradient; with one region it is left out.
         gamma: Weight of the correlation over voxels (>= 0).
 
-    Source: Huang et al. (DIST), NeurIPS 2022 (arXiv 2205.10536), eq. (7) to (10). Differs from it: the covariance gets
+    Source: Huang et al. (DIST), NeurIPS 2022 (arXiv 2205.10536). Differs from it: the covariance gets
     the same small constant as both variances, so that 0 is reached also where probabilities hardly vary.
     """
 

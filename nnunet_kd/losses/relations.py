@@ -27,7 +27,7 @@ class AffinityLoss(FeatureLoss):
     Args:
         tokens_per_axis: 8 gives a matrix of 512 x 512 in 3-D (>= 1).
 
-    Source: Liu et al. (structured knowledge distillation), CVPR 2019 (arXiv 1903.04197), eq. (2) and (3). Differs from
+    Source: Liu et al. (structured knowledge distillation), CVPR 2019 (arXiv 1903.04197). Differs from
     it: average instead of max pooling, to a fixed number of tokens.
     """
 
@@ -64,7 +64,7 @@ class IntraClassLoss(FeatureLoss):
         num_classes: At least the number of classes in ``target``; larger labels share the last class. A bound is
             needed because looking into ``target`` would make the device wait.
 
-    Source: Wang et al. (IFVD), ECCV 2020, eq. (2) to (4).
+    Source: Wang et al. (IFVD), ECCV 2020.
     """
 
     def __init__(self, *, num_classes: int = 256) -> None:
