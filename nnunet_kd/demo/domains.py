@@ -1,0 +1,244 @@
+"""Three small synthetic domains that share one kind of lesion (our design).
+
+They differ as hospitals and scanners do: CT, one MR channel, two MR channels; other contrast, noise, bias field, voxel
+size, label sets and numbers of labelled cases. The lesions are drawn from one distribution in millimetres, so a network
+that has seen many of them in one domain knows something about their shape in the others. Vessels of the lesion's
+intensity run through every image: intensity alone does not find the lesion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from scipy import ndimage
+from tqdm import tqdm
+
+from nnunet_kd.files import write_json
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+JOINT_ID = 970
+FILE_ENDING = ".nii.gz"
+# Shape statistics of the lesion, in mm, the same in every domain.
+LESION_RADIUS_MM = (6.0, 11.0)
+LESION_ROUGHNESS = 0.35
+ROUGHNESS_SCALE_MM = 4.0
+EDEMA_WIDTH_MM = 4.0
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Intensities of one image channel: a value per tissue, Gaussian noise, a smooth multiplicative bias field."""
+
+    name: str
+    air: float
+    tissue: float
+    organ: float
+    lesion: float
+    edema: float
+    noise: float
+    bias: float = 0.0
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One synthetic dataset. ``shape`` and ``spacing_mm`` are in array order (z, y, x)."""
+
+    dataset_id: int
+    name: str
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    channels: tuple[Channel, ...]
+    labels: Mapping[str, int]
+    num_training: int
+    num_test: int = 12
+    integer: bool = False
+
+    @property
+    def folder_name(self) -> str:
+        """Dataset971_DemoCT, for example."""
+        return f"Dataset{self.dataset_id:03d}_{self.name}"
+
+    def case_name(self, index: int) -> str:
+        """Training cases are numbered from 0, test cases follow."""
+        return f"{self.name.lower()}_{index:03d}"
+
+
+DOMAINS = (
+    Domain(
+        dataset_id=971,
+        name="DemoCT",
+        shape=(24, 40, 40),
+        spacing_mm=(3.0, 1.6, 1.6),
+        channels=(Channel("CT", air=-1000, tissue=20, organ=95, lesion=50, edema=95, noise=26),),
+        labels={"background": 0, "organ": 1, "lesion": 2},
+        num_training=16,
+        integer=True,
+    ),
+    Domain(
+        dataset_id=972,
+        name="DemoT1",
+        shape=(28, 44, 44),
+        spacing_mm=(2.5, 1.5, 1.5),
+        channels=(Channel("T1", air=20, tissue=420, organ=520, lesion=400, edema=520, noise=55, bias=0.15),),
+        labels={"background": 0, "lesion": 1},
+        num_training=5,
+    ),
+    Domain(
+        dataset_id=973,
+        name="DemoMR",
+        shape=(20, 40, 40),
+        spacing_mm=(3.6, 1.7, 1.7),
+        channels=(
+            Channel("T1", air=0, tissue=0.42, organ=0.55, lesion=0.40, edema=0.48, noise=0.05, bias=0.15),
+            Channel("FLAIR", air=0, tissue=0.30, organ=0.40, lesion=0.52, edema=0.62, noise=0.08, bias=0.15),
+        ),
+        labels={"background": 0, "lesion": 1, "edema": 2},
+        num_training=16,
+    ),
+)
+
+
+def write_domains(raw_folder: Path, domains: tuple[Domain, ...] = DOMAINS, seed: int = 0) -> None:
+    """Write the domains as nnU-Net raw datasets with imagesTr, labelsTr, imagesTs and labelsTs.
+
+    The same arguments write the same voxels. dataset.json comes last, so a domain that has one is complete and is kept.
+    """
+    for domain in domains:
+        folder = raw_folder / domain.folder_name
+        if (folder / "dataset.json").is_file():
+            continue
+        for subfolder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+            (folder / subfolder).mkdir(parents=True, exist_ok=True)
+        for index in tqdm(range(domain.num_training + domain.num_test), desc=f"writing {domain.folder_name}"):
+            images, labels = make_case(domain, np.random.default_rng([seed, domain.dataset_id, index]))
+            split = "Tr" if index < domain.num_training else "Ts"
+            case = domain.case_name(index)
+            for number, image in enumerate(images):
+                _write(image, domain, folder / f"images{split}" / f"{case}_{number:04d}{FILE_ENDING}")
+            _write(labels, domain, folder / f"labels{split}" / f"{case}{FILE_ENDING}")
+        write_json(
+            folder / "dataset.json",
+            {
+                "channel_names": {str(number): channel.name for number, channel in enumerate(domain.channels)},
+                "labels": dict(domain.labels),
+                "numTraining": domain.num_training,
+                "file_ending": FILE_ENDING,
+                "description": "Synthetic example data of nnunet_kd.",
+            },
+        )
+
+
+def make_case(domain: Domain, random: np.random.Generator) -> tuple[list[NDArray[np.generic]], NDArray[np.uint8]]:
+    """One case: its image channels and its label map, [Z, Y, X] each."""
+    masks = draw_anatomy(domain.shape, domain.spacing_mm, random)
+    images: list[NDArray[np.generic]] = []
+    for channel in domain.channels:
+        image = _render(channel, masks, domain.spacing_mm, random)
+        images.append(np.rint(image).astype(np.int16) if domain.integer else image.astype(np.float32))
+    labels = np.zeros(domain.shape, np.uint8)
+    for name in ("organ", "edema", "lesion"):  # from the outside to the inside
+        if name in domain.labels:
+            labels[masks[name]] = domain.labels[name]
+    return images, labels
+
+
+def draw_anatomy(
+    shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], random: np.random.Generator
+) -> dict[str, Mask]:
+    """Masks [Z, Y, X] of body, organ, vessels, lesion and edema. The lesion lies in the organ, edema surrounds it."""
+    extent = np.array(shape) * spacing_mm
+    grid = _grid_mm(shape, spacing_mm)
+    body = _ellipsoid(grid, random.normal(0, 1.0, 3), extent * random.uniform(0.44, 0.48, 3)) > 0
+    organ_radii = extent * random.uniform(0.29, 0.35, 3)
+    organ_center = extent * random.uniform(-0.06, 0.06, 3)
+    organ = _ellipsoid(grid, organ_center, organ_radii) + 0.15 * _smooth_noise(shape, spacing_mm, 8.0, random) > 0
+    organ &= body
+    # A uniform point of the inner organ: far from its border, so that most of the lesion lies inside.
+    direction = random.normal(size=3)
+    direction *= random.uniform() ** (1 / 3) / np.linalg.norm(direction)
+    lesion = draw_lesion(shape, spacing_mm, organ_center + 0.55 * organ_radii * direction, random) & body
+    organ |= lesion
+    vessels = np.zeros(shape, bool)
+    for _ in range(int(random.integers(3, 6))):
+        vessels |= _vessel(grid, organ_center + organ_radii * random.uniform(-0.8, 0.8, 3), random)
+    distance = ndimage.distance_transform_edt(~lesion, sampling=spacing_mm)
+    return {
+        "body": body,
+        "organ": organ,
+        "vessels": vessels & organ & ~lesion,
+        "lesion": lesion,
+        "edema": (distance <= EDEMA_WIDTH_MM) & ~lesion & body,
+    }
+
+
+def draw_lesion(
+    shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], center_mm: Array, random: np.random.Generator
+) -> Mask:
+    """An irregular blob: an ellipsoid whose surface is moved by smooth noise; its largest connected part.
+
+    ``center_mm`` is relative to the middle of the image.
+    """
+    radius = random.uniform(*LESION_RADIUS_MM)
+    radii = radius * random.uniform(0.75, 1.25, 3)
+    level = _ellipsoid(_grid_mm(shape, spacing_mm), center_mm, radii)
+    blob = level + LESION_ROUGHNESS * _smooth_noise(shape, spacing_mm, ROUGHNESS_SCALE_MM, random) > 0
+    parts, num_parts = ndimage.label(blob)
+    if num_parts == 0:
+        return level == level.max()
+    return parts == 1 + int(np.argmax(ndimage.sum_labels(blob, parts, range(1, num_parts + 1))))
+
+
+def _render(
+    channel: Channel, masks: Mapping[str, Mask], spacing_mm: tuple[float, float, float], random: np.random.Generator
+) -> Array:
+    """Intensities of one channel: tissues, partial volume, bias field, noise."""
+    image = np.full(masks["body"].shape, channel.air, float)
+    image[masks["body"]] = channel.tissue
+    image[masks["organ"]] = channel.organ
+    image[masks["edema"] & masks["organ"]] = channel.edema
+    image[masks["vessels"] | masks["lesion"]] = channel.lesion
+    image = ndimage.gaussian_filter(image, [0.7 / step for step in spacing_mm])
+    image *= 1 + channel.bias * _smooth_noise(image.shape, spacing_mm, 18.0, random)
+    return image + random.normal(0, channel.noise, image.shape)
+
+
+def _grid_mm(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> Array:
+    """Position of every voxel in mm from the middle of the image, [Z, Y, X, 3]."""
+    axes = [(np.arange(size) - (size - 1) / 2) * step for size, step in zip(shape, spacing_mm, strict=True)]
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+
+
+def _ellipsoid(grid: Array, center: Array, radii: Array) -> Array:
+    """1 in the middle, 0 on the surface, negative outside; linear in the distance along any ray."""
+    return 1 - np.linalg.norm((grid - center) / radii, axis=-1)
+
+
+def _vessel(grid: Array, point: Array, random: np.random.Generator) -> Mask:
+    """A straight tube of 2 to 3 mm radius through ``point`` in a random direction."""
+    direction = random.normal(size=3)
+    direction /= np.linalg.norm(direction)
+    offset = grid - point
+    along = offset @ direction
+    distance = np.linalg.norm(offset - along[..., None] * direction, axis=-1)
+    return distance <= random.uniform(2.0, 3.0)
+
+
+def _smooth_noise(
+    shape: tuple[int, ...], spacing_mm: tuple[float, ...], scale_mm: float, random: np.random.Generator
+) -> Array:
+    """Gaussian noise smoothed over ``scale_mm``, with mean 0 and standard deviation 1 over the image."""
+    noise = ndimage.gaussian_filter(random.normal(size=shape), [scale_mm / step for step in spacing_mm], mode="wrap")
+    return (noise - noise.mean()) / noise.std()
+
+
+def _write(array: NDArray[np.generic], domain: Domain, path: Path) -> None:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing([float(step) for step in reversed(domain.spacing_mm)])
+    sitk.WriteImage(image, str(path))

@@ -1,0 +1,280 @@
+"""The whole way through the real commands: plan, teacher, student and control, predict."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_kd.cli.env import VARIABLE, add_trainers_folder
+from nnunet_kd.demo.domains import DOMAINS, JOINT_ID, write_domains
+from nnunet_kd.demo.runner import Command, Step, progress, run_steps
+from nnunet_kd.errors import NnUNetKDError
+from nnunet_kd.files import write_json
+from nnunet_kd.settings import ENVIRONMENT_VARIABLE, merge, read_user_settings
+
+TEACHER, CONTROL, STUDENT = "teacher head", "control", "student"
+METHODS = (TEACHER, CONTROL, STUDENT)
+TRAINERS = {
+    TEACHER: "nnUNetTrainerKDTeacher",
+    CONTROL: "nnUNetTrainerKDControl",
+    STUDENT: "nnUNetTrainerKDStudent",
+}
+TEACHER_PLANS = "nnUNetKDPlans"
+STUDENT_PLANS = "nnUNetKDPlansDemo"
+# What two CPU cores can train in a minute. A demo is about the way, not about the best network.
+GPU_MEMORY_TARGET_GB = "0.5"
+WIDTH = "0.25"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the user asked for. Without ``raw``, synthetic domains are written and used.
+
+    ``num_epochs`` and ``num_iterations`` (per epoch) are the budget of a student and of its control.
+    """
+
+    output: Path
+    raw: Path | None
+    dataset_ids: tuple[int, ...]
+    num_epochs: int
+    num_iterations: int
+    configuration: str
+    fold: int
+    device: str
+
+
+@dataclass(frozen=True)
+class DemoDataset:
+    """One dataset of the demo and where its files are; ``predictions`` and ``fold_folders`` are keyed by method."""
+
+    name: str
+    raw_folder: Path
+    reference_folder: Path
+    predictions: Mapping[str, Path]
+    fold_folders: Mapping[str, Path]
+    cases: tuple[str, ...] | None
+
+    @property
+    def dataset_json(self) -> dict[str, Any]:
+        """The dataset.json of the raw dataset."""
+        return json.loads((self.raw_folder / "dataset.json").read_text())
+
+
+class Demo:
+    """Knows the folders and the steps of one demo.
+
+    Raises:
+        NnUNetKDError: A dataset does not exist, or the output folder holds a demo with other settings.
+    """
+
+    def __init__(self, settings: DemoSettings) -> None:
+        self.settings = settings
+        self.output = settings.output
+        self.raw = self.output / "nnUNet_raw" if settings.raw is None else settings.raw
+        self.preprocessed = self.output / "nnUNet_preprocessed"
+        self.results = self.output / "nnUNet_results"
+        self.logs = self.output / "logs"
+        if settings.raw is None:
+            self.names = [domain.folder_name for domain in DOMAINS]
+        else:
+            self.names = [find_dataset(self.raw, dataset_id) for dataset_id in settings.dataset_ids]
+        taken = {folder.name[7:10] for folder in self.raw.glob("Dataset*")}
+        self.joint_id = next(number for number in range(JOINT_ID, 1000) if f"{number:03d}" not in taken)
+        self.kd_settings = merge(
+            read_user_settings(),
+            {
+                "training": {
+                    "num_epochs": settings.num_epochs,
+                    "num_iterations_per_epoch": settings.num_iterations,
+                    "num_val_iterations_per_epoch": 2,
+                    "seed": 0,
+                }
+            },
+        )
+
+    # ---- running -----------------------------------------------------------------------------------------------------
+
+    def run(self, num_after: int) -> None:
+        """Run all steps; ``num_after`` more will follow, for the count in the progress lines."""
+        self._remember_settings()
+        for folder in (self.raw, self.preprocessed, self.results):
+            folder.mkdir(parents=True, exist_ok=True)
+        steps = self.steps()
+        num_before = 0
+        if self.settings.raw is None:
+            num_before = 1
+            with progress(1, len(steps) + 1 + num_after, f"write {len(self.names)} synthetic domains"):
+                write_domains(self.raw)
+        run_steps(
+            steps, self.environment(), self.logs, num_before=num_before, num_all=len(steps) + num_before + num_after
+        )
+
+    def _remember_settings(self) -> None:
+        """Refuse an output folder of a demo with other settings: its finished steps would be taken for this one's."""
+        file = self.output / "demo.json"
+        asked = {**asdict(self.settings), "nnunet_kd": self.kd_settings}
+        asked = json.loads(json.dumps({key: value for key, value in asked.items() if key != "output"}, default=str))
+        if file.is_file():
+            before = json.loads(file.read_text())
+            changed = [key for key in asked if before.get(key) != asked[key]]
+            if changed:
+                msg = (
+                    f"{self.output} holds a demo with another {', '.join(changed)} ({before.get(changed[0])!r}, now "
+                    f"{asked[changed[0]]!r}). Give another folder with -o, or delete this one."
+                )
+                raise NnUNetKDError(msg)
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_json(file, asked)
+
+    def environment(self) -> dict[str, str]:
+        """The present environment with nnU-Net's folders under the output, and settings for a small machine."""
+        return {
+            **os.environ,
+            "nnUNet_raw": str(self.raw),
+            "nnUNet_preprocessed": str(self.preprocessed),
+            "nnUNet_results": str(self.results),
+            VARIABLE: add_trainers_folder(os.environ.get(VARIABLE, "")),
+            ENVIRONMENT_VARIABLE: json.dumps(self.kd_settings),
+            "nnUNet_compile": "f",
+            "nnUNet_n_proc_DA": "1",
+            "nnUNet_def_n_proc": "2",
+            # Two trainings share the cores: waiting threads must not spin, or both get several times slower.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "MPLBACKEND": "Agg",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[Step]:
+        """All steps that are console commands, in order."""
+        steps = [self._plan(), self._plan_students(), self._train_teacher()]
+        steps += [self._train_student_and_control(name) for name in self.names]
+        if self.settings.raw is None:
+            steps += [self._predict(name) for name in self.names]
+        return steps
+
+    def datasets(self) -> list[DemoDataset]:
+        """The datasets with their references and, once all steps have run, predictions."""
+        return [self._dataset(name) for name in self.names]
+
+    def _plan(self) -> Step:
+        command = Command(
+            "plan_and_preprocess",
+            (
+                "nnUNetKD_plan_and_preprocess",
+                *("-d", *(_id(name) for name in self.names)),
+                *("--joint", str(self.joint_id), "--joint_name", "DemoJoint", "-c", self.settings.configuration),
+                *("-plans_name", TEACHER_PLANS, "-gpu_memory_target", GPU_MEMORY_TARGET_GB, "--width", WIDTH),
+                *("-np", "2", "-npfp", "2"),
+            ),
+        )
+        outputs = tuple(self.preprocessed / name / f"{TEACHER_PLANS}.json" for name in [self.joint_name, *self.names])
+        return Step("plan and preprocess, join the datasets", (command,), outputs)
+
+    def _plan_students(self) -> Step:
+        commands = tuple(
+            Command(
+                f"plan_student_{_id(name)}",
+                ("nnUNetKD_plan_student", "-d", _id(name), "--width", WIDTH, "-plans_name", STUDENT_PLANS),
+            )
+            for name in self.names
+        )
+        outputs = tuple(self.preprocessed / name / f"{STUDENT_PLANS}.json" for name in self.names)
+        return Step("plan narrow students", commands, outputs)
+
+    def _train_teacher(self) -> Step:
+        output = self.fold_folder(self.joint_name, TEACHER) / "validation" / "summary.json"
+        command = self._train("train_teacher", str(self.joint_id), TEACHER)
+        return Step(f"train the joint teacher of {len(self.names)} datasets", (command,), (output,))
+
+    def _train_student_and_control(self, name: str) -> Step:
+        methods = (STUDENT, CONTROL)
+        commands = tuple(self._train(f"train_{method}_{_id(name)}", _id(name), method) for method in methods)
+        outputs = tuple(self.fold_folder(name, method) / "validation" / "summary.json" for method in methods)
+        return Step(f"train student and control of {name}", commands, outputs)
+
+    def _train(self, name: str, dataset_id: str, method: str) -> Command:
+        plans = TEACHER_PLANS if method == TEACHER else STUDENT_PLANS
+        return Command(
+            name,
+            (
+                *("nnUNetv2_train", dataset_id, self.settings.configuration, str(self.settings.fold)),
+                # --c starts from the beginning where there is no checkpoint
+                *("-tr", TRAINERS[method], "-p", plans, "-device", self.settings.device, "--c"),
+            ),
+        )
+
+    def _predict(self, name: str) -> Step:
+        dataset = self._dataset(name)
+        images = str(dataset.raw_folder / "imagesTs")
+        fold, device = str(self.settings.fold), self.settings.device
+        commands = [
+            Command(
+                f"predict_teacher_{_id(name)}",
+                (
+                    *("nnUNetKD_predict", "-m", str(self.fold_folder(self.joint_name, TEACHER).parent)),
+                    *("--head", name, "-i", images, "-o", str(dataset.predictions[TEACHER]), "-f", fold),
+                    *("-device", device),
+                ),
+            )
+        ]
+        for method in (CONTROL, STUDENT):
+            command = (
+                *("nnUNetv2_predict", "-d", _id(name), "-c", self.settings.configuration, "-f", fold),
+                *("-tr", TRAINERS[method], "-p", STUDENT_PLANS, "-device", device),
+                *("-i", images, "-o", str(dataset.predictions[method])),
+                *("-npp", "0", "-nps", "0"),  # no worker processes: starting them takes longer than these few cases
+            )
+            commands.append(Command(f"predict_{method}_{_id(name)}", command))
+        return Step(f"predict held-out cases of {name}", tuple(commands), tuple(dataset.predictions.values()))
+
+    # ---- folders -----------------------------------------------------------------------------------------------------
+
+    @property
+    def joint_name(self) -> str:
+        """The joint dataset."""
+        return f"Dataset{self.joint_id:03d}_DemoJoint"
+
+    def fold_folder(self, dataset: str, method: str) -> Path:
+        """Where nnU-Net writes the trained fold."""
+        plans = TEACHER_PLANS if method == TEACHER else STUDENT_PLANS
+        model = f"{TRAINERS[method]}__{plans}__{self.settings.configuration}"
+        return self.results / dataset / model / f"fold_{self.settings.fold}"
+
+    def _dataset(self, name: str) -> DemoDataset:
+        raw_folder = self.raw / name
+        folds = {method: self.fold_folder(self.joint_name if method == TEACHER else name, method) for method in METHODS}
+        if self.settings.raw is None:
+            predictions = {method: self.output / "predictions" / name / method.replace(" ", "_") for method in METHODS}
+            return DemoDataset(name, raw_folder, raw_folder / "labelsTs", predictions, folds, None)
+        predictions = {method: fold / "validation" for method, fold in folds.items()}
+        predictions[TEACHER] = folds[TEACHER] / name / "validation"
+        references = self.preprocessed / name / "gt_segmentations"  # nnU-Net's copy of the training labels
+        splits_file = self.preprocessed / name / "splits_final.json"
+        cases: tuple[str, ...] = ()
+        if splits_file.is_file():
+            cases = tuple(json.loads(splits_file.read_text())[self.settings.fold]["val"])
+        return DemoDataset(name, raw_folder, references, predictions, folds, cases)
+
+
+def find_dataset(raw_folder: Path, dataset_id: int) -> str:
+    """The full name of the raw dataset with this id.
+
+    Raises:
+        NnUNetKDError: There is none, or more than one.
+    """
+    found = sorted(folder.name for folder in raw_folder.glob(f"Dataset{dataset_id:03d}_*") if folder.is_dir())
+    if len(found) != 1:
+        what = f"no dataset with id {dataset_id}" if not found else f"several with id {dataset_id}: {', '.join(found)}"
+        msg = f"In {raw_folder} there is {what}. Check --raw (the folder that holds Dataset...) and -d."
+        raise NnUNetKDError(msg)
+    return found[0]
+
+
+def _id(name: str) -> str:
+    return name[7:10]
