@@ -141,13 +141,19 @@ class Member:
         """The dataset's own splits_final.json."""
         return self.base_folder / "splits_final.json"
 
-    def state(self) -> dict[str, str]:
-        """Short hashes of everything that joint plans depend on: plans, dataset.json, cases, splits."""
+    def description_state(self) -> dict[str, str]:
+        """Short hashes of what prediction depends on, which needs no preprocessed case: plans, dataset.json."""
         plans = {key: value for key, value in self.plans.items() if key != "configurations"}
-        splits = json.loads(self.splits_file.read_text()) if self.splits_file.is_file() else None
         return {
             "plans": _hash([plans, self.configuration_manager.configuration]),
             "dataset.json": _hash([self.dataset_json["labels"], list(self.channel_names)]),
+        }
+
+    def state(self) -> dict[str, str]:
+        """Short hashes of everything that joint plans depend on: plans, dataset.json, cases, splits."""
+        splits = json.loads(self.splits_file.read_text()) if self.splits_file.is_file() else None
+        return {
+            **self.description_state(),
             "cases": _hash(list(self.identifiers)),
             "splits": _hash(splits),
         }
