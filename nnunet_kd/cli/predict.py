@@ -1,0 +1,113 @@
+"""The command nnUNetKD_predict: nnUNetv2_predict for any model folder, and for one head of a joint teacher."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Sequence
+
+from nnunet_kd.cli.env import VARIABLE, add_trainers_folder
+from nnunet_kd.cli.errors import clear_errors
+from nnunet_kd.errors import NnUNetKDError
+
+
+@clear_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of nnUNetKD_predict."""
+    args = _parser().parse_args(arguments)
+    os.environ[VARIABLE] = add_trainers_folder(os.environ.get(VARIABLE, ""))
+    # imported late, so that --help and errors in the arguments take no seconds
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from nnunet_kd.inference.predict import initialize_predictor
+    from nnunet_kd.inference.trained_model import open_model
+
+    if not 0 <= args.part_id < args.num_parts:
+        raise NnUNetKDError(f"-part_id {args.part_id} must be at least 0 and below -num_parts {args.num_parts}.")
+    if not os.path.isdir(args.i):
+        raise NnUNetKDError(f"The input folder {args.i} does not exist. Give with -i a folder of images (CASE_0000.*).")
+    model = open_model(args.m, args.f, args.chk)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise NnUNetKDError("No CUDA device is available. Use -device cpu, or -device mps on Apple silicon.")
+    if args.device == "cuda":
+        torch.set_num_threads(1)
+        torch.set_num_interop_threads(1)
+    elif args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(multiprocessing.cpu_count())
+    predictor = nnUNetPredictor(
+        tile_step_size=args.step_size,
+        use_mirroring=not args.disable_tta,
+        perform_everything_on_device=not args.not_on_device,
+        device=torch.device(args.device),
+        verbose=args.verbose,
+        verbose_preprocessing=args.verbose,
+        allow_tqdm=not args.disable_progress_bar,
+    )
+    initialize_predictor(predictor, model, args.head, args.member)
+    if predictor.configuration_manager.previous_stage_name is not None and args.prev_stage_predictions is None:
+        raise NnUNetKDError(
+            f"{model.folder} is the second stage of a cascade. Predict {predictor.configuration_manager.previous_stage_name} "
+            f"first and give its folder with -prev_stage_predictions."
+        )
+    os.makedirs(args.o, exist_ok=True)
+    shared = {
+        "save_probabilities": args.save_probabilities,
+        "overwrite": not args.continue_prediction,
+        "folder_with_segs_from_prev_stage": args.prev_stage_predictions,
+    }
+    if args.npp == 0 and args.nps == 0:
+        predictor.predict_from_files_sequential(args.i, args.o, **shared)
+        return
+    predictor.predict_from_files(
+        args.i,
+        args.o,
+        num_processes_preprocessing=args.npp,
+        num_processes_segmentation_export=args.nps,
+        num_parts=args.num_parts,
+        part_id=args.part_id,
+        **shared,
+    )
+
+
+def fold(text: str) -> int | str:
+    """A fold on the command line: a number or "all"."""
+    return text if text == "all" else int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetKD_predict",
+        description="Predict from raw images with a trained model folder, as nnUNetv2_predict does. Of a joint teacher, "
+        "--head says which member or head to predict.",
+    )
+    parser.add_argument("-m", required=True, help="Model folder (holds plans.json, fold_0); may be relative to nnUNet_results")
+    parser.add_argument("--head", default=None, help="Joint teacher: member (name or id) or shared head to predict")
+    parser.add_argument("--member", default=None, help="Joint teacher: whose images these are, if several share the head")
+    parser.add_argument("-i", required=True, help="Input folder; names and file ending as in the training dataset")
+    parser.add_argument("-o", required=True, help="Output folder; made if it does not exist")
+    parser.add_argument("-f", nargs="+", type=fold, default=None, help="Folds. Default: all that are trained")
+    parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
+    parser.add_argument("-step_size", type=float, default=0.5, help="Step of the sliding window in tiles. Default: 0.5")
+    parser.add_argument("--disable_tta", action="store_true", help="No mirroring: faster, less accurate")
+    parser.add_argument("--verbose", action="store_true", help="Say more")
+    parser.add_argument("--save_probabilities", action="store_true", help="Also write class probabilities")
+    parser.add_argument("--continue_prediction", "--c", action="store_true", help="Keep files that are there already")
+    parser.add_argument("-npp", type=int, default=_default("nnUNet_npp"), help="Processes for preprocessing. Default: 3")
+    parser.add_argument("-nps", type=int, default=_default("nnUNet_nps"), help="Processes for export. Default: 3")
+    parser.add_argument("-prev_stage_predictions", default=None, help="Cascade: folder with the previous stage's labels")
+    parser.add_argument("-num_parts", type=int, default=1, help="Number of calls that share the cases. Default: 1")
+    parser.add_argument("-part_id", type=int, default=0, help="Which of these calls this is, from 0")
+    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="Default: cuda")
+    parser.add_argument("--disable_progress_bar", action="store_true", help="No progress bar")
+    parser.add_argument("--not_on_device", action="store_true", help="Collect logits in RAM; for very large images")
+    return parser
+
+
+def _default(variable: str) -> int:
+    return int(os.environ.get(variable, "3"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""A trained model as a plain single-dataset nnU-Net: stock classes, no key of ours in plans or weights.
+
+A student is one already. Of a joint teacher one member's view is taken: the member's own stock plans with the teacher's
+architecture, the first convolution sliced to the member's channels and the output convolutions to its head.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
+
+from nnunet_kd.data.joint import JointDataset
+from nnunet_kd.data.member import Member
+from nnunet_kd.errors import JointDatasetError, NnUNetKDError
+from nnunet_kd.inference.trained_model import Fold, TrainedModel
+from nnunet_kd.networks.joint import Route, input_convolution
+from nnunet_kd.settings import BLOCK
+
+STOCK_NETWORKS = "dynamic_network_architectures."
+
+
+@dataclass(frozen=True)
+class PlainModel:
+    """What stock nnU-Net needs to predict.
+
+    Args:
+        plans: Stock plans, without our block.
+        dataset_json: Stock dataset.json, without our block.
+        configuration: Name of the configuration.
+        weights: ``state_dict`` of the stock network per fold.
+        mirroring_axes: Axes that test-time mirroring may flip; None if there are none.
+        member: The joint teacher's member whose view this is; None for a model of one dataset.
+    """
+
+    plans: dict[str, Any]
+    dataset_json: dict[str, Any]
+    configuration: str
+    weights: dict[Fold, dict[str, Tensor]]
+    mirroring_axes: tuple[int, ...] | None
+    member: str | None = None
+
+    @property
+    def plans_manager(self) -> PlansManager:
+        """Stock view of the plans."""
+        return PlansManager(self.plans)
+
+    @property
+    def configuration_manager(self) -> ConfigurationManager:
+        """Stock view of the configuration."""
+        return self.plans_manager.get_configuration(self.configuration)
+
+    @property
+    def num_input_channels(self) -> int:
+        """Image channels, and in a cascade the labels of the previous stage."""
+        return int(determine_num_input_channels(self.plans_manager, self.configuration, self.dataset_json))
+
+    def build_network(self) -> nn.Module:
+        """The stock network without weights, deep supervision off."""
+        return build_stock_network(self.plans_manager, self.configuration, self.dataset_json)
+
+
+def build_stock_network(plans_manager: PlansManager, configuration: str, dataset_json: dict[str, Any]) -> nn.Module:
+    """The network that ``nnUNetTrainer`` builds for prediction."""
+    return nnUNetTrainer.build_network_architecture(
+        plans_manager,
+        plans_manager.get_configuration(configuration),
+        determine_num_input_channels(plans_manager, configuration, dataset_json),
+        plans_manager.get_label_manager(dataset_json).num_segmentation_heads,
+        enable_deep_supervision=False,
+    )
+
+
+def choose_member(joint: JointDataset, head: str | None, member: str | None = None) -> str:
+    """The member whose images are meant.
+
+    Args:
+        joint: The joint dataset.
+        head: A member or a head, by name, or a member by its dataset id.
+        member: Needed where several members share the head.
+
+    Raises:
+        NnUNetKDError: No or an unknown name, or several members fit; lists the choice.
+    """
+    choice = f"Heads: {', '.join(joint.heads)}; members: {', '.join(joint.members)}"
+    if head is None:
+        raise NnUNetKDError(f"{joint.name} is a joint teacher: say with --head what to predict. {choice}.")
+    head, member = _full_name(joint, head), None if member is None else _full_name(joint, member)
+    if head not in joint.heads and head not in joint.members:
+        raise NnUNetKDError(f"The joint teacher of {joint.name} has no head '{head}'. {choice}.")
+    fitting = [head] if head in joint.members else [m for m, entry in joint.members.items() if entry.head == head]
+    if member is not None and member not in fitting:
+        raise NnUNetKDError(f"--member {member} does not belong to --head {head}, but {', '.join(fitting)} does.")
+    if member is None and len(fitting) > 1:
+        raise NnUNetKDError(
+            f"Several members share the head '{head}', with plans and image channels of their own. Say with --member "
+            f"which one the images are like: {', '.join(fitting)}."
+        )
+    return member or fitting[0]
+
+
+def _full_name(joint: JointDataset, name: str) -> str:
+    """A member's full name where ``name`` is its dataset id."""
+    return next((m for m in joint.members if name.isdigit() and m.startswith(f"Dataset{int(name):03d}_")), name)
+
+
+def plain_member_model(model: TrainedModel, member_name: str) -> PlainModel:
+    """A joint teacher's member as a plain model, in the label space of the member's head.
+
+    The joint network pads the member's patch with zeros to a multiple of its strides; a stock network cannot, so the
+    patch itself becomes that large and is filled with image instead.
+
+    Raises:
+        JointDatasetError: The member's plans or dataset.json are missing or not those that the teacher was planned for.
+        NotImplementedError: A cascade with a shared head.
+    """
+    joint = model.joint
+    assert joint is not None
+    weights, configuration, _, mirroring_axes = _load(model)
+    member = joint.member(member_name, configuration)
+    _check_unchanged(joint, member)
+    teacher = PlansManager(model.plans).get_configuration(configuration)
+    cascaded = teacher.previous_stage_name is not None
+    plans = _member_plans(member, teacher)
+    plans["plans_name"] = model.plans["plans_name"]
+    dataset_json = _head_dataset_json(joint, member, cascaded)
+    plain = PlainModel(plans, dataset_json, configuration, {}, mirroring_axes, member_name)
+    route = joint.routes(cascaded)[member_name]
+    network = plain.build_network()
+    for fold in list(weights):
+        plain.weights[fold] = slice_weights(weights.pop(fold), network, route)
+    return plain
+
+
+def plain_single_model(model: TrainedModel) -> PlainModel:
+    """A student, a control or any stock model without anything of ours.
+
+    Raises:
+        NnUNetKDError: Its trainer is not installed, or builds a network that stock nnU-Net does not.
+    """
+    plans, dataset_json = without_block(model.plans), without_block(model.dataset_json)
+    weights, configuration, trainer_name, mirroring_axes = _load(model)
+    check_stock_network(plans, configuration, trainer_name)
+    return PlainModel(plans, dataset_json, configuration, weights, mirroring_axes)
+
+
+def _load(model: TrainedModel) -> tuple[dict[Fold, dict[str, Tensor]], str, str, tuple[int, ...] | None]:
+    """Weights per fold; configuration, trainer name and mirroring axes of the first fold, as stock prediction does."""
+    checkpoints = {fold: model.load(fold) for fold in model.files}
+    first = next(iter(checkpoints.values()))
+    return (
+        {fold: checkpoint["network_weights"] for fold, checkpoint in checkpoints.items()},
+        first["init_args"]["configuration"],
+        first["trainer_name"],
+        first.get("inference_allowed_mirroring_axes"),
+    )
+
+
+def check_stock_network(plans: dict[str, Any], configuration: str, trainer_name: str) -> None:
+    """Raise NnUNetKDError unless ``nnUNetTrainer`` builds the network of this trainer from these plans."""
+    network = PlansManager(plans).get_configuration(configuration).network_arch_class_name
+    if not network.startswith(STOCK_NETWORKS):
+        raise NnUNetKDError(
+            f"The network class {network} of configuration {configuration} does not come with nnU-Net, so a plain "
+            f"model folder cannot hold it. Only networks of dynamic_network_architectures can be exported."
+        )
+    try:
+        trainer = recursive_find_trainer_class_by_name(trainer_name)
+    except RuntimeError as error:
+        raise NnUNetKDError(
+            f"The trainer {trainer_name} of this model is not installed, so it is unknown whether its network is a "
+            f"stock one. Put the folder that holds it into nnUNet_extTrainer."
+        ) from error
+    if trainer.build_network_architecture is not nnUNetTrainer.build_network_architecture:
+        raise NnUNetKDError(
+            f"The trainer {trainer_name} builds a network of its own, which nnUNetTrainer cannot build from the plans. "
+            f"Such a model cannot become a plain model folder."
+        )
+
+
+def slice_weights(weights: Mapping[str, Tensor], network: nn.Module, route: Route) -> dict[str, Tensor]:
+    """The joint network's weights as those of a member's stock network.
+
+    Args:
+        weights: ``state_dict`` of the joint network.
+        network: The member's stock network; shows under which names the first convolution is stored.
+        route: The member's input channels and output slice.
+
+    Returns:
+        ``state_dict`` of ``network``; tensors that are not sliced are shared with ``weights``.
+    """
+    first = input_convolution(network)
+    inputs = {f"{name}.weight" for name, module in network.named_modules(remove_duplicate=False) if module is first}
+    sliced = {}
+    for key, value in weights.items():
+        if key in inputs:
+            sliced[key] = value[:, list(route.channels)].clone()
+        elif key.startswith("decoder.seg_layers."):
+            sliced[key] = value[route.start : route.stop].clone()
+        else:
+            sliced[key] = value
+    return sliced
+
+
+def without_block(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Plans or dataset.json without our block."""
+    return {key: copy.deepcopy(value) for key, value in description.items() if key != BLOCK}
+
+
+def _check_unchanged(joint: JointDataset, member: Member) -> None:
+    """Other plans than those of the training would give wrong predictions without any sign of it."""
+    try:
+        now = member.description_state()
+    except JointDatasetError as error:
+        raise JointDatasetError(
+            f"Predicting {member.name} needs its plans, with which its images are preprocessed, and its dataset.json, "
+            f"which are not in the teacher's model folder. {error} Or run nnUNetKD_export --head {member.name} where "
+            f"they are; the exported folder needs nothing else."
+        ) from error
+    recorded = joint.members[member.name].state.get(member.configuration, {})
+    changed = [part for part, value in now.items() if recorded.get(part) != value]
+    if changed:
+        raise JointDatasetError(
+            f"{member.name} has other {' and '.join(changed)} in {member.base_folder} than when the teacher was planned. "
+            f"Predictions would be wrong. Restore them, or plan {joint.name} again and train a new teacher."
+        )
+
+
+def _member_plans(member: Member, teacher: ConfigurationManager) -> dict[str, Any]:
+    """The member's plans with one configuration, whose network is the teacher's."""
+    plans = without_block(member.plans)
+    configuration = copy.deepcopy(member.configuration_manager.configuration)
+    configuration.pop("inherits_from", None)
+    configuration["architecture"] = copy.deepcopy(teacher.configuration["architecture"])
+    multiple = np.prod(np.vstack(teacher.pool_op_kernel_sizes), axis=0)
+    configuration["patch_size"] = [
+        math.ceil(size / step) * int(step) for size, step in zip(configuration["patch_size"], multiple, strict=True)
+    ]
+    plans["configurations"] = {member.configuration: configuration}
+    return plans
+
+
+def _head_dataset_json(joint: JointDataset, member: Member, cascaded: bool) -> dict[str, Any]:
+    """The member's dataset.json with the labels of its head."""
+    entry = joint.members[member.name]
+    dataset_json = without_block(member.dataset_json)
+    if entry.label_map is None:
+        return dataset_json
+    if cascaded:
+        raise NotImplementedError(
+            f"{member.name} shares the head '{entry.head}'. In a cascade the network also sees the member's own labels, "
+            f"which a plain nnU-Net of the shared labels cannot express. Use a member with a head of its own, or 3d_fullres."
+        )
+    dataset_json.pop("regions_class_order", None)
+    return {**dataset_json, **copy.deepcopy(joint.heads[entry.head].dataset_json)}
