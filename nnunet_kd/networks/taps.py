@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nnunet_kd.errors import SettingsError
 
-_LEVEL = re.compile(r"^(encoder|decoder)@1(?:/(\d+))?$")
+_LEVEL = re.compile(r"^(encoder|decoder)@1(?:/([1-9]\d*))?$")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def check_unet(network: nn.Module) -> None:
 
 def encoder_strides(network: nn.Module) -> list[tuple[int, ...]]:
     """Cumulative stride of each encoder stage, array order (z, y, x)."""
-    dimension = len(network.encoder.kernel_sizes[0])
+    dimension = {nn.Conv2d: 2, nn.Conv3d: 3}[network.encoder.conv_op]
     cumulative = [1] * dimension
     result = []
     for stride in network.encoder.strides:

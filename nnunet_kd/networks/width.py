@@ -23,7 +23,7 @@ def scale_width(architecture: dict[str, Any], width: float, min_features: int = 
 
     Source: width reduction with a floor as in DCD (max(f // r, 8)) and ReCo-KD.
     """
-    if width <= 0 or min_features <= 0:
+    if not (width > 0 and min_features > 0):
         raise SettingsError(f"The width ({width}) and the least number of features ({min_features}) must be positive.")
     scaled = copy.deepcopy(architecture)
     arguments = scaled["arch_kwargs"]
