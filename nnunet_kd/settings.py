@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import types
 import typing
@@ -153,17 +154,27 @@ def read_user_settings(source: str | None = None) -> dict[str, Any]:
         path = Path(source).expanduser()
         if not path.is_file():
             raise SettingsError(
-                f"{ENVIRONMENT_VARIABLE} names the file {path}, which does not exist. Give an existing JSON or YAML file, "
-                f"or inline JSON that starts with '{{'."
+                f"{ENVIRONMENT_VARIABLE} names the file {path}, which does not exist. Give an existing JSON or YAML "
+                f"file, or inline JSON that starts with '{{'."
             )
-        text, where = path.read_text(), str(path)
+        text, where = _read_text(path), str(path)
     try:
         loaded = yaml.safe_load(text) if not text.lstrip().startswith("{") else json.loads(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"The settings in {where} are not valid JSON or YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise SettingsError(f"The settings in {where} must be an object with keys {_names(Settings)}, not {loaded!r}.")
-    return loaded.get(BLOCK, loaded)
+    block = loaded.get(BLOCK, loaded)
+    if not isinstance(block, dict):
+        raise SettingsError(f"'{BLOCK}' in {where} must be an object with keys {_names(Settings)}, not {block!r}.")
+    return block
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"The settings file {path} is no text: {error}. Give a JSON or YAML file.") from error
 
 
 def parse_settings(values: Mapping[str, Any]) -> Settings:
@@ -230,6 +241,8 @@ def _parse(expected: Any, value: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise SettingsError(f"'{where}' must be {_describe(expected)}, not {value!r}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"'{where}' must be a finite number, not {value!r}.")
     return value
 
 
@@ -256,6 +269,7 @@ def _check_ranges(settings: Settings) -> None:
             raise SettingsError(f"'{key}' is {value}; it must be greater than 0.")
     fractions = {"training.oversample_foreground_percent": training.oversample_foreground_percent}
     not_negative = {
+        "training.seed": training.seed,
         "training.weight_decay": training.weight_decay,
         "sampling_exponent": settings.sampling_exponent,
         "alignment_weight": settings.alignment_weight,
@@ -268,6 +282,13 @@ def _check_ranges(settings: Settings) -> None:
         not_negative[f"{where}.weight"] = term.weight
         if term.temperature is not None and term.temperature <= 0:
             raise SettingsError(f"'{where}.temperature' is {term.temperature}; it must be greater than 0.")
+        if term.schedule.kind != "constant" and term.schedule.start > term.schedule.warmup:
+            raise SettingsError(
+                f"'{where}.schedule.start' is {term.schedule.start}, after the end of the ramp, 'warmup' = "
+                f"{term.schedule.warmup}. Raise 'warmup' or lower 'start'."
+            )
+        if term.on == "logits" and term.levels:
+            raise SettingsError(f"'{where}.levels' belongs to a term on features. Remove it, or change '{where}.on'.")
         if term.on == "features" and not term.levels:
             raise SettingsError(
                 f"'{where}.levels' is empty. A term on features names its levels, for example "
@@ -284,5 +305,7 @@ def _check_ranges(settings: Settings) -> None:
         if number is not None and number < 0:
             raise SettingsError(f"'{key}' is {number}; it must not be negative.")
     for name, teacher in settings.teachers.items():
+        if teacher.fold == []:
+            raise SettingsError(f"'teachers.{name}.fold' is an empty list. Allowed: a number, a list, 'same', 'all'.")
         if isinstance(teacher.fold, str) and teacher.fold not in ("same", "all"):
-            raise SettingsError(f"'teachers.{name}.fold' is '{teacher.fold}'. Allowed: a number, a list, 'same', 'all'.")
+            raise SettingsError(f"'teachers.{name}.fold' is '{teacher.fold}'. Allowed: number, list, 'same', 'all'.")

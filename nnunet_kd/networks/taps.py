@@ -68,7 +68,7 @@ def find_stage(network: nn.Module, level: str) -> Stage:
         return Stage("encoder", len(strides) - 1, channels[-1], strides[-1])
     match = _LEVEL.match(level)
     if match is None:
-        raise SettingsError(f"Unknown level '{level}'. Allowed: 'bottleneck', 'encoder@1/N', 'decoder@1/N', N = stride.")
+        raise SettingsError(f"Unknown level '{level}'. Allowed: 'bottleneck', 'encoder@1/N', 'decoder@1/N'.")
     wanted = math.log2(int(match.group(2) or 1))
     part = match.group(1)
     candidates = range(len(strides) - 1) if part == "decoder" else range(len(strides))
