@@ -55,7 +55,10 @@ def build_terms(settings: Settings, regions_of_teacher: Mapping[str, bool]) -> l
             loss = build_loss(term.on, term.loss, **options)
         except SettingsError as error:
             raise SettingsError(f"terms[{index}]: {error}") from error
-        terms.append(BuiltTerm(f"{term.teacher}.{term.on}.{term.loss}", term, loss))
+        kind = (term.teacher, term.on, term.loss)
+        earlier = sum((own.teacher, own.on, own.loss) == kind for own in settings.terms[:index])
+        name = ".".join(kind) + (f".{earlier + 1}" if earlier else "")
+        terms.append(BuiltTerm(name, term, loss))
     return terms
 
 
@@ -142,14 +145,14 @@ class DistillationLoss(nn.Module):
         assert teacher.logits is not None
         weights = self.level_weights if term.settings.deep_supervision else (1.0,)
         used = [level for level, weight in enumerate(weights) if weight != 0]
-        pairs = {level: common_target(targets[level], label_map) for level in used}
+        pairs = [common_target(targets[level], label_map) for level in used]
         return deep_supervision_loss(
             term.loss,
             [label_map(outputs[level]) for level in used],
             teacher.logits,
             [weights[level] for level in used],
-            targets=[pairs[level][0] for level in used],
-            valids=None if pairs[used[0]][1] is None else [pairs[level][1] for level in used],
+            targets=[labels for labels, _ in pairs],
+            valids=None if label_map.source.ignore is None else [valid for _, valid in pairs if valid is not None],
         )
 
     def _feature_term(
