@@ -1,0 +1,39 @@
+"""A shared head seen in a member's own labels."""
+
+from __future__ import annotations
+
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import nn
+
+from nnunet_kd.spaces.labels import LabelSpace, member_to_head_map
+from nnunet_kd.training.member_view import MemberView, evaluation_labels
+
+LABELS = {"background": 0, "core": 1, "edema": 2, "cyst": 3}
+MEMBER = LabelSpace.from_dataset_json({"labels": LABELS})
+HEAD = LabelSpace.from_dataset_json({"labels": {"background": 0, "cyst": 1, "lesion": 2, "stone": 3}})
+MAP = member_to_head_map(MEMBER, HEAD, {"core": "lesion", "edema": "lesion", "cyst": "cyst"})
+
+
+def test_view_decides_like_the_head_in_the_members_labels() -> None:
+    view = MemberView(nn.Identity(), nn.Identity(), MAP)
+    logits = torch.randn(2, 4, 6, 6)
+    predicted = view(logits).argmax(1)
+    of_head = logits[:, [0, 1, 2]].argmax(1)  # this member has no stone
+    assert view(logits).shape == (2, 4, 6, 6)
+    expected = torch.tensor([0, 3, 1])[of_head]  # the first of the labels that share a class speaks for both
+    assert torch.equal(predicted, expected)
+
+
+def test_view_survives_half_precision() -> None:
+    view = MemberView(nn.Identity(), nn.Identity(), MAP)
+    assert torch.isfinite(view(torch.randn(1, 4, 2, 2).half())).all()
+
+
+def test_labels_that_share_a_class_are_evaluated_together() -> None:
+    manager = LabelManager(LABELS, None)
+    view = evaluation_labels(manager, MAP)
+    assert view.foreground_labels == [3, (1, 2)]
+    assert manager.foreground_labels == [1, 2, 3]
+    assert isinstance(view, LabelManager)
+    assert view.num_segmentation_heads == manager.num_segmentation_heads
