@@ -30,7 +30,7 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("-d", nargs="+", required=True, help="Dataset ids or names of the members, for example 301 302")
     parser.add_argument("--joint", required=True, type=int, help="Id of the joint dataset, for example 900")
-    parser.add_argument("--joint_name", default=None, help="Name after DatasetXXX_. Default: Joint, or the existing name")
+    parser.add_argument("--joint_name", default=None, help="Name after DatasetXXX_. Default: the existing one, or Joint")
     parser.add_argument("-c", nargs="+", default=None, help="Configurations. Default: all that every member has")
     parser.add_argument("-p", default=None, help="The members' plans. Default: what the planner writes (nnUNetPlans)")
     parser.add_argument("-pl", default=None, help="Stock planner class. Default: ExperimentPlanner")
@@ -165,7 +165,8 @@ def _print_summary(joint: JointDataset, plans: Mapping[str, TeacherPlan], plans_
             manager = member.configuration_manager
             spacing = " x ".join(f"{value:.3g}" for value in manager.spacing)
             patch = " x ".join(str(size) for size in manager.patch_size)
-            head = f"{'(shared) ' if entry.label_map else ''}{joint.heads[entry.head].label_space.num_channels} channels"
+            shared = "(shared) " if entry.label_map else ""
+            head = f"{shared}{joint.heads[entry.head].label_space.num_channels} channels"
             print(
                 f"  {name:32s} {len(member.identifiers):5d} {head:>24s} {spacing:>22s} {patch:>18s} "
                 f"{plan.batch_sizes[name]:5d} {plan.memory_gb[name]:6.2f}"

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_kd.data.joint import HeadEntry, JointDataset, MemberEntry
 from nnunet_kd.data.member import Member
@@ -193,8 +194,9 @@ def _planner(
 ) -> Iterator[ExperimentPlanner]:
     """The stock planner on an empty stand-in dataset: it reads raw and preprocessed folders when it is constructed."""
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("nnUNet_raw", "nnUNet_preprocessed"):
-            (Path(folder) / kind / name).mkdir(parents=True)
+        folders = {kind: str(Path(folder) / kind) for kind in ("nnUNet_raw", "nnUNet_preprocessed")}
+        for path in folders.values():
+            (Path(path) / name).mkdir(parents=True)
         dataset_json = {
             "channel_names": {str(i): channel for i, channel in enumerate(channel_names)},
             "labels": {"background": 0},
@@ -205,17 +207,19 @@ def _planner(
         fingerprint = {"median_relative_size_after_cropping": 1.0}
         write_json(Path(folder) / "nnUNet_raw" / name / "dataset.json", dataset_json)
         write_json(Path(folder) / "nnUNet_preprocessed" / name / "dataset_fingerprint.json", fingerprint)
-        before = {kind: os.environ.get(kind) for kind in ("nnUNet_raw", "nnUNet_preprocessed")}
-        os.environ.update({kind: str(Path(folder) / kind) for kind in before})
+        # The stock planner takes nnUNet_n_proc_DA as a number of threads and fails with 0.
+        values = {**folders, "nnUNet_n_proc_DA": str(max(1, get_allowed_n_proc_DA()))}
+        before = {variable: os.environ.get(variable) for variable in values}
+        os.environ.update(values)
         try:
             arguments = {} if memory is None else {"gpu_memory_target_in_gb": memory}
             yield planner_class(name, **arguments)
         finally:
-            for kind, value in before.items():
+            for variable, value in before.items():
                 if value is None:
-                    del os.environ[kind]
+                    del os.environ[variable]
                 else:
-                    os.environ[kind] = value
+                    os.environ[variable] = value
 
 
 def _check_name(name: str, members: Sequence[str]) -> None:
@@ -309,14 +313,12 @@ def _ensure_splits(member: Member) -> None:
 
 
 def _side_file(member: Member, file: str) -> Path:
-    from nnunetv2.paths import nnUNet_raw
-
     for folder in (member.base_folder, Path(str(nnUNet_raw)) / member.name):
         if (folder / file).is_file():
             return folder / file
     raise JointDatasetError(
-        f"{member.name} is split by '{member.dataset_json[BLOCK]['split_by']}' (dataset.json), but {file} is neither in "
-        f"its raw nor in its preprocessed folder. Put it there, or write {member.splits_file} yourself."
+        f"{member.name} is split by '{member.dataset_json[BLOCK]['split_by']}' (dataset.json), but {file} is neither "
+        f"in its raw nor in its preprocessed folder. Put it there, or write {member.splits_file} yourself."
     )
 
 

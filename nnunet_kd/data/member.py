@@ -16,6 +16,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_kd.errors import JointDatasetError
+from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.spaces.labels import LabelSpace
 
 
@@ -109,8 +110,7 @@ class Member:
     @property
     def channel_names(self) -> tuple[str, ...]:
         """Names of the image channels in their order."""
-        channels = self.dataset_json.get("channel_names", self.dataset_json.get("modality"))
-        return tuple(channels[key] for key in sorted(channels, key=int))
+        return channel_names(self.dataset_json)
 
     @property
     def data_folder(self) -> Path:

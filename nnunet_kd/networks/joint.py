@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from nnunet_kd.networks.taps import Stage, check_unet, encoder_strides, forward_unet
+from nnunet_kd.networks.taps import Stage, UNet, check_unet, encoder_strides, forward_unet
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ class JointUNet(nn.Module):
         heads: All heads in the order of their channels.
     """
 
-    def __init__(self, unet: nn.Module, routes: Mapping[str, Route], heads: Sequence[Head]) -> None:
+    def __init__(self, unet: UNet, routes: Mapping[str, Route], heads: Sequence[Head]) -> None:
         super().__init__()
         check_unet(unet)
-        self.encoder = unet.encoder
-        self.decoder = unet.decoder
+        self.encoder: Any = unet.encoder
+        self.decoder: Any = unet.decoder
         self.routes = dict(routes)
         self.heads = tuple(heads)
         self.multiple = encoder_strides(unet)[-1]
@@ -93,8 +94,9 @@ class JointUNet(nn.Module):
         """Return what the stock U-Net returns, for the selected member; while training also the tapped features."""
         stages = self.tapped_stages if self.training else ()
         outputs, features = self.run(image, stages)
-        result = outputs if self.decoder.deep_supervision else outputs[0]
-        return (result, features) if stages else result
+        if stages:
+            return outputs, features
+        return outputs if self.decoder.deep_supervision else outputs[0]
 
     def run(self, image: Tensor, stages: Sequence[Stage]) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs (highest resolution first) and the features of ``stages`` for a patch of any size."""
@@ -122,7 +124,7 @@ class JointUNet(nn.Module):
         return torch.cat(parts, 1)
 
 
-def input_convolution(unet: nn.Module) -> nn.Module:
+def input_convolution(unet: UNet) -> Any:
     """The convolution that sees the image."""
     first = unet.encoder.stem if getattr(unet.encoder, "stem", None) is not None else unet.encoder.stages[0]
     return next(module for module in first.modules() if isinstance(module, nn.modules.conv._ConvNd))
@@ -138,4 +140,5 @@ def pad_to_multiple(image: Tensor, multiple: Sequence[int]) -> Tensor:
 
 def crop(image: Tensor, shape: Sequence[int]) -> Tensor:
     """Keep the first ``shape`` voxels of [B, C, *S]."""
-    return image[(..., *(slice(0, size) for size in shape))]
+    kept: tuple[Any, ...] = (..., *(slice(0, size) for size in shape))
+    return image[kept]

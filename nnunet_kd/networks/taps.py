@@ -11,12 +11,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_kd.errors import SettingsError
 
+UNet = Any  # nnU-Net's networks do not declare the types of encoder and decoder
 _LEVEL = re.compile(r"^(encoder|decoder)@1(?:/([1-9]\d*))?$")
 
 
@@ -30,7 +32,7 @@ class Stage:
     stride: tuple[int, ...]
 
 
-def check_unet(network: nn.Module) -> None:
+def check_unet(network: UNet) -> None:
     """Raise NotImplementedError unless ``network`` has nnU-Net's encoder and convolutional decoder."""
     decoder = getattr(network, "decoder", None)
     needed = ("stages", "transpconvs", "seg_layers")
@@ -42,7 +44,7 @@ def check_unet(network: nn.Module) -> None:
         )
 
 
-def encoder_strides(network: nn.Module) -> list[tuple[int, ...]]:
+def encoder_strides(network: UNet) -> list[tuple[int, ...]]:
     """Cumulative stride of each encoder stage, array order (z, y, x)."""
     dimension = {nn.Conv2d: 2, nn.Conv3d: 3}[network.encoder.conv_op]
     cumulative = [1] * dimension
@@ -54,7 +56,7 @@ def encoder_strides(network: nn.Module) -> list[tuple[int, ...]]:
     return result
 
 
-def find_stage(network: nn.Module, level: str) -> Stage:
+def find_stage(network: UNet, level: str) -> Stage:
     """Find the stage of ``network`` that a level name means.
 
     Raises:
@@ -78,7 +80,7 @@ def find_stage(network: nn.Module, level: str) -> Stage:
 
 
 def forward_unet(
-    network: nn.Module, image: Tensor, stages: Sequence[Stage] = (), head: slice | None = None
+    network: UNet, image: Tensor, stages: Sequence[Stage] = (), head: slice | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run a U-Net by hand.
 
@@ -104,7 +106,7 @@ def forward_unet(
     return outputs, [skips[stage.index] if stage.part == "encoder" else features[stage.index] for stage in stages]
 
 
-def apply_head(layer: nn.Module, features: Tensor, head: slice | None) -> Tensor:
+def apply_head(layer: Any, features: Tensor, head: slice | None) -> Tensor:
     """Apply a 1x1 output convolution, or only the slice ``head`` of its output channels."""
     if head is None:
         return layer(features)
@@ -120,10 +122,10 @@ class TapMixin:
         """Stock output in eval mode; in train mode the outputs and the features of the tapped stages."""
         if not self.training:  # type: ignore[attr-defined]
             return super().forward(image)  # type: ignore[misc]
-        return forward_unet(self, image, self.tapped_stages)  # type: ignore[arg-type]
+        return forward_unet(self, image, self.tapped_stages)
 
 
-def tap(network: nn.Module, stages: Sequence[Stage]) -> None:
+def tap(network: UNet, stages: Sequence[Stage]) -> None:
     """Tap ``network`` in place. Parameters and ``state_dict`` stay those of the stock class.
 
     The class of the instance changes instead of its module tree, because nnU-Net, DDP and ``torch.compile`` must go on

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -72,3 +73,9 @@ def union(members: Mapping[str, Sequence[str]]) -> ChannelSpace:
 
 def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
+
+
+def channel_names(dataset_json: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the image channels in their order, from ``channel_names`` (or its old name ``modality``)."""
+    channels = dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
+    return tuple(channels[key] for key in sorted(channels, key=int))

@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy._core import multiarray
 from nnunetv2.paths import nnUNet_results
 
 from nnunet_kd.errors import JointDatasetError, TeacherError
 from nnunet_kd.data.member import read_json
 
 # plain numbers that nnU-Net's logger leaves in checkpoints; nothing here can run code
-SAFE_GLOBALS = [
+SAFE_GLOBALS: list[Any] = [
     np.dtype,
     np.ndarray,
-    np._core.multiarray.scalar,
-    np._core.multiarray._reconstruct,
+    multiarray.scalar,
+    multiarray._reconstruct,
     *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1", "U1")},
 ]
 

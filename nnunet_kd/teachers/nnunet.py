@@ -23,6 +23,7 @@ from nnunet_kd.networks.joint import JointUNet, Route, crop, pad_to_multiple
 from nnunet_kd.networks.taps import Stage, encoder_strides, find_stage, forward_unet
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.settings import Teacher as TeacherSettings
+from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.spaces.labels import LabelSpace, match_label_spaces
 from nnunet_kd.teachers.checkpoint import checkpoint_file, load_checkpoint, model_folder, read_model_json
 from nnunet_kd.teachers.geometry import ChannelMap, InputMap, input_map
@@ -94,7 +95,7 @@ class NNUNetTeacher:
             self.student_map, self.teacher_map = match_label_spaces(student.label_space, label_space, settings.labels)
         except LabelSpaceError as error:
             raise LabelSpaceError(f"Teacher '{name}' in {self.folder}: {error}") from error
-        self.networks: list[nn.Module] = []
+        self.networks: list[Any] = []
         self.stages: dict[str, Stage] = {}
         self.leaked_cases: list[str] = []
         self.precision_note = ""
@@ -118,8 +119,7 @@ class NNUNetTeacher:
         if self.configuration_manager.previous_stage_name is not None:
             raise NotImplementedError("A cascaded single-dataset teacher is not supported; use its first stage or a "
                                       "full-resolution model.")
-        channels = self.dataset_json.get("channel_names", self.dataset_json.get("modality"))
-        names = [channels[key] for key in sorted(channels, key=int)]
+        names = channel_names(self.dataset_json)
         mapping = self._input_map(self.plans_manager, self.configuration_manager, names)
         return LabelSpace.from_dataset_json(self.dataset_json), mapping
 

@@ -119,7 +119,7 @@ class KDTrainer(nnUNetTrainer):
             super().save_checkpoint(filename)
             return
         buffer = io.BytesIO()
-        super().save_checkpoint(buffer)  # type: ignore[arg-type]
+        super().save_checkpoint(buffer)
         buffer.seek(0)
         checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
         checkpoint[CHECKPOINT_KEY] = self.checkpoint_extra()

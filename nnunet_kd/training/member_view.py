@@ -47,6 +47,6 @@ def evaluation_labels(label_manager: LabelManager, label_map: LabelMap) -> Any:
     groups = [tuple(values[channel][0] for channel in group) for group in label_map.groups[1:] if group]
     foreground = [group[0] if len(group) == 1 else group for group in groups]
     view = type("MemberLabels", (type(label_manager),), {"foreground_labels": property(lambda self: foreground)})
-    changed = object.__new__(view)
+    changed: Any = object.__new__(view)
     changed.__dict__.update(label_manager.__dict__)
     return changed

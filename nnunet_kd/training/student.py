@@ -19,6 +19,7 @@ from torch import nn
 from nnunet_kd.networks.adapters import Projector
 from nnunet_kd.networks.taps import find_stage, tap
 from nnunet_kd.settings import BLOCK, DESCRIPTION_KEYS, Settings, merge, read_user_settings, resolve_settings
+from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.spaces.labels import LabelMap
 from nnunet_kd.teachers.discover import discover_joint_teacher
 from nnunet_kd.teachers.nnunet import NNUNetTeacher, Student
@@ -77,13 +78,12 @@ class nnUNetTrainerKDStudent(KDTrainer):
         super().initialize()
 
     def _make_teachers(self) -> dict[str, NNUNetTeacher]:
-        channels = self.dataset_json.get("channel_names", self.dataset_json.get("modality"))
         student = Student(
             self.plans_manager.dataset_name,
             self.plans_manager,
             self.configuration_manager,
             self.dataset_json,
-            tuple(channels[key] for key in sorted(channels, key=int)),
+            channel_names(self.dataset_json),
             self.fold,
         )
         used = {term.teacher for term in self.settings.terms if term.weight != 0}
@@ -119,7 +119,7 @@ class nnUNetTrainerKDStudent(KDTrainer):
             levels = sorted({level for t in self.settings.terms if t.teacher == name for level in t.levels})
             teacher.load(self.device, levels, self._do_i_compile())
             self._say_what_is_taught(name, teacher)
-        self.loss = self._distillation_loss(self.loss)
+        self.loss: Any = self._distillation_loss(self.loss)
         for name, counts in getattr(self, "restored_competence", {}).items():
             self.loss.competence[name].counts = None if counts is None else counts.to(self.device)
         for term in self.loss.terms:
@@ -135,8 +135,8 @@ class nnUNetTrainerKDStudent(KDTrainer):
         )
         if teacher.leaked_cases:
             self.print_to_log_file(
-                f"WARNING: LEAKAGE ACCEPTED. Teacher '{name}' was trained on {len(teacher.leaked_cases)} validation cases "
-                f"of this fold; the validation results of this student are contaminated.",
+                f"WARNING: LEAKAGE ACCEPTED. Teacher '{name}' was trained on {len(teacher.leaked_cases)} validation "
+                f"cases of this fold; the validation results of this student are contaminated.",
                 add_timestamp=False,
             )
 
@@ -160,7 +160,7 @@ class nnUNetTrainerKDStudent(KDTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """Ask the teachers that have a weight now, then take stock nnU-Net's training step."""
-        loss = self.loss
+        loss: Any = self.loss
         loss.progress = (self.current_epoch + self.step_in_epoch / self.num_iterations_per_epoch) / self.num_epochs
         self.step_in_epoch += 1
         active = [term.settings for term in loss.terms if term.weight(loss.progress) != 0]
@@ -190,8 +190,8 @@ class nnUNetTrainerKDStudent(KDTrainer):
             self.print_to_log_file(f"{term.name}: {np.round(means[0], 4)}, weighted {np.round(means[1], 4)}")
         for name, competence in self.loss.competence.items():
             if competence.counts is not None:
-                student, teacher = (float(value) for value in competence.dice())
-                self.print_to_log_file(f"Dice on training batches: student {student:.4f}, teacher '{name}' {teacher:.4f}")
+                own, other = (float(value) for value in competence.dice())
+                self.print_to_log_file(f"Dice on training batches: student {own:.4f}, teacher '{name}' {other:.4f}")
         if self.current_epoch == 0:
             for teacher in self.teachers.values():
                 if teacher.precision_note:

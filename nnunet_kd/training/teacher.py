@@ -130,7 +130,7 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         """The member classifier, if alignment is on."""
         if self.settings.alignment == "none":
             return nn.ModuleDict()
-        network = self.unwrapped_network()
+        network: Any = self.unwrapped_network()
         stage = find_stage(network, "bottleneck")
         network.tapped_stages = (stage,)
         return nn.ModuleDict({"member_classifier": MemberClassifier(stage.channels, len(self.members))})
@@ -193,11 +193,11 @@ class nnUNetTrainerKDTeacher(KDTrainer):
                 side += [f"{name}/{case}" for case in cases]
         return sides
 
-    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:  # type: ignore[override]
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
         """Stock transforms; labels go to the shared head, the sample is padded to the teacher's strides."""
         return self._insert_transforms(nnUNetTrainer.get_training_transforms(*args, **kwargs))
 
-    def get_validation_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:  # type: ignore[override]
+    def get_validation_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
         """Stock transforms with the same two additions."""
         return self._insert_transforms(nnUNetTrainer.get_validation_transforms(*args, **kwargs))
 
@@ -292,9 +292,9 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         for name in self.members:
             own = [output for output in val_outputs if output["member"] == name]
             label_manager = self.head_label_managers[name]
-            foreground = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
             if not own:
-                dice_per_class += [float("nan")] * len(foreground)
+                num_classes = label_manager.num_segmentation_heads - (0 if label_manager.has_regions else 1)
+                dice_per_class += [float("nan")] * num_classes
                 continue
             tp, fp, fn = (np.sum([output[key] for output in own], 0) for key in ("tp_hard", "fp_hard", "fn_hard"))
             with np.errstate(invalid="ignore"):
@@ -368,7 +368,7 @@ def _join_summaries(files: dict[str, Path]) -> dict[str, Any]:
 def _disable_gathering(loss: nn.Module) -> None:
     for module in loss.modules():
         if hasattr(module, "ddp"):
-            module.ddp = False
+            module.ddp = False  # type: ignore[assignment]
 
 
 @contextmanager
