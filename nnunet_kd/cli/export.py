@@ -19,11 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Write a student, or one head of a joint teacher, as a plain nnU-Net model folder (nnUNetTrainer, "
         "stock network), and verify that stock nnU-Net gets the same logits from it.",
     )
-    parser.add_argument("-m", required=True, help="Model folder (holds plans.json, fold_0); may be relative to nnUNet_results")
+    parser.add_argument("-m", required=True, help="Model folder; may be relative to nnUNet_results")
     parser.add_argument("-o", required=True, help="Folder to write; must not exist or be empty")
     parser.add_argument("-f", nargs="+", type=fold, default=None, help="Folds. Default: all that are trained")
     parser.add_argument("--head", default=None, help="Joint teacher: member (name or id) or shared head to write")
-    parser.add_argument("--member", default=None, help="Joint teacher: whose images it predicts, if several share the head")
+    parser.add_argument("--member", default=None, help="Joint teacher: whose images, if several share the head")
     parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
     args = parser.parse_args(arguments)
     os.environ[VARIABLE] = add_trainers_folder(os.environ.get(VARIABLE, ""))

@@ -46,10 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         allow_tqdm=not args.disable_progress_bar,
     )
     initialize_predictor(predictor, model, args.head, args.member)
-    if predictor.configuration_manager.previous_stage_name is not None and args.prev_stage_predictions is None:
+    previous_stage = predictor.configuration_manager.previous_stage_name
+    if previous_stage is not None and args.prev_stage_predictions is None:
         raise NnUNetKDError(
-            f"{model.folder} is the second stage of a cascade. Predict {predictor.configuration_manager.previous_stage_name} "
-            f"first and give its folder with -prev_stage_predictions."
+            f"{model.folder} is the second stage of a cascade. Predict {previous_stage} first and give its folder with "
+            f"-prev_stage_predictions."
         )
     os.makedirs(args.o, exist_ok=True)
     shared = {
@@ -79,12 +80,12 @@ def fold(text: str) -> int | str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnUNetKD_predict",
-        description="Predict from raw images with a trained model folder, as nnUNetv2_predict does. Of a joint teacher, "
-        "--head says which member or head to predict.",
+        description="Predict from raw images with a trained model folder, as nnUNetv2_predict does. Of a joint "
+        "teacher, --head says which member or head to predict.",
     )
-    parser.add_argument("-m", required=True, help="Model folder (holds plans.json, fold_0); may be relative to nnUNet_results")
+    parser.add_argument("-m", required=True, help="Model folder; may be relative to nnUNet_results")
     parser.add_argument("--head", default=None, help="Joint teacher: member (name or id) or shared head to predict")
-    parser.add_argument("--member", default=None, help="Joint teacher: whose images these are, if several share the head")
+    parser.add_argument("--member", default=None, help="Joint teacher: whose images, if several share the head")
     parser.add_argument("-i", required=True, help="Input folder; names and file ending as in the training dataset")
     parser.add_argument("-o", required=True, help="Output folder; made if it does not exist")
     parser.add_argument("-f", nargs="+", type=fold, default=None, help="Folds. Default: all that are trained")
@@ -94,9 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="Say more")
     parser.add_argument("--save_probabilities", action="store_true", help="Also write class probabilities")
     parser.add_argument("--continue_prediction", "--c", action="store_true", help="Keep files that are there already")
-    parser.add_argument("-npp", type=int, default=_default("nnUNet_npp"), help="Processes for preprocessing. Default: 3")
-    parser.add_argument("-nps", type=int, default=_default("nnUNet_nps"), help="Processes for export. Default: 3")
-    parser.add_argument("-prev_stage_predictions", default=None, help="Cascade: folder with the previous stage's labels")
+    parser.add_argument("-npp", type=int, default=_default("nnUNet_npp"), help="Preprocessing processes. Default: 3")
+    parser.add_argument("-nps", type=int, default=_default("nnUNet_nps"), help="Export processes. Default: 3")
+    parser.add_argument("-prev_stage_predictions", default=None, help="Cascade: folder of the previous stage's labels")
     parser.add_argument("-num_parts", type=int, default=1, help="Number of calls that share the cases. Default: 1")
     parser.add_argument("-part_id", type=int, default=0, help="Which of these calls this is, from 0")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="Default: cuda")

@@ -230,8 +230,8 @@ def _check_unchanged(joint: JointDataset, member: Member) -> None:
     changed = [part for part, value in now.items() if recorded.get(part) != value]
     if changed:
         raise JointDatasetError(
-            f"{member.name} has other {' and '.join(changed)} in {member.base_folder} than when the teacher was planned. "
-            f"Predictions would be wrong. Restore them, or plan {joint.name} again and train a new teacher."
+            f"{member.name} has other {' and '.join(changed)} in {member.base_folder} than when the teacher was "
+            f"planned. Predictions would be wrong. Restore them, or plan {joint.name} again and train a new teacher."
         )
 
 
@@ -257,8 +257,9 @@ def _head_dataset_json(joint: JointDataset, member: Member, cascaded: bool) -> d
         return dataset_json
     if cascaded:
         raise NotImplementedError(
-            f"{member.name} shares the head '{entry.head}'. In a cascade the network also sees the member's own labels, "
-            f"which a plain nnU-Net of the shared labels cannot express. Use a member with a head of its own, or 3d_fullres."
+            f"{member.name} shares the head '{entry.head}'. In a cascade the network also sees the member's own "
+            f"labels, which a plain nnU-Net of the shared labels cannot express. Use 3d_fullres, or a member with a "
+            f"head of its own."
         )
     dataset_json.pop("regions_class_order", None)
     return {**dataset_json, **copy.deepcopy(joint.heads[entry.head].dataset_json)}
