@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy._core import multiarray
 from nnunetv2.paths import nnUNet_results
+from numpy._core import multiarray
 
-from nnunet_kd.errors import JointDatasetError, TeacherError
 from nnunet_kd.data.member import read_json
+from nnunet_kd.errors import JointDatasetError, TeacherError
 
 # plain numbers that nnU-Net's logger leaves in checkpoints; nothing here can run code
 SAFE_GLOBALS: list[Any] = [
@@ -71,20 +72,27 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign is None:
+            raise _unreadable(file, error) from error
         raise TeacherError(
-            f"{file} holds objects other than weights and plain values, and loading them could run foreign code: "
-            f"{str(error).splitlines()[0]} Get the checkpoint from a source that you trust, or write it again with "
+            f"{file} holds {foreign.group(1)}, which is neither weights nor plain values; loading it could run foreign "
+            f"code, so it was not loaded. Get the checkpoint from a source that you trust, or write it again with "
             f"nnU-Net."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise TeacherError(
-            f"{file} cannot be read; it is truncated or corrupted ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}). Copy it again, or train that fold again."
-        ) from error
+    except Exception as error:  # a broken pickle can end in almost any exception
+        raise _unreadable(file, error) from error
     missing = {"network_weights", "init_args", "trainer_name"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise TeacherError(f"{file} is no nnU-Net checkpoint: it lacks {', '.join(sorted(missing))}.")
     return checkpoint
+
+
+def _unreadable(file: Path, error: Exception) -> TeacherError:
+    return TeacherError(
+        f"{file} cannot be read; it is truncated or corrupted ({type(error).__name__}). Copy it again, or train that "
+        f"fold again."
+    )
 
 
 def _how_to_train(folder: Path, fold: int | str | None = None) -> str:
