@@ -20,6 +20,7 @@ INDEPENDENT_SCHEMES = (
     "RGBTo01Normalization",
     "GlobalZScoreNormalization",
 )
+MASKED_SCHEMES = ("ZScoreNormalization",)  # the only stock scheme that looks at the mask
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,12 @@ def _channel_map(
         raise TeacherError(
             f"Channel '{name}' is normalised by {schemes[0]} for the student and by {schemes[1]} for the teacher; no "
             f"exact map exists. Plan the student with the teacher's plans (nnUNetv2_move_plans_between_datasets)."
+        )
+    if bool(student.use_mask_for_norm[s]) != bool(teacher.use_mask_for_norm[t]) and schemes[0] in MASKED_SCHEMES:
+        raise TeacherError(
+            f"Channel '{name}' is normalised inside a mask for one of student and teacher and in the whole image for "
+            f"the other (use_mask_for_norm in their plans); no exact map exists. Plan the student with the teacher's "
+            f"plans (nnUNetv2_move_plans_between_datasets)."
         )
     if schemes[0] in INDEPENDENT_SCHEMES:
         return ChannelMap(s)
