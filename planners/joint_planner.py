@@ -355,11 +355,17 @@ def _write(
         foreground_intensity_properties_per_channel=properties,
     )
     plans[BLOCK] = joint.to_block()
+    labels: dict[str, int] = {name: index for index, name in enumerate(joint.joint_class_names)}
+    if any(view.label_space.ignore is not None for view in members.values()):
+        labels["ignore"] = len(labels)
+    file_ending = leader.dataset_json["file_ending"]
+    if len({(v.dataset_json["file_ending"], v.plans["image_reader_writer"]) for v in members.values()}) > 1:
+        file_ending, plans["image_reader_writer"] = ".nii.gz", "SimpleITKIO"  # reads and writes all of them
     dataset_json = {
         "channel_names": {str(index): channel for index, channel in enumerate(joint.channels.names)},
-        "labels": {name: index for index, name in enumerate(joint.joint_class_names)},
+        "labels": labels,
         "numTraining": sum(len(view.identifiers) for view in members.values()),
-        "file_ending": leader.dataset_json["file_ending"],
+        "file_ending": file_ending,
         "name": joint.name,
     }
     folder.mkdir(parents=True, exist_ok=True)

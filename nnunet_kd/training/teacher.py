@@ -38,6 +38,7 @@ from nnunet_kd.networks.taps import find_stage
 from nnunet_kd.settings import Settings
 from nnunet_kd.training.alignment import AlignedLoss, MemberClassifier
 from nnunet_kd.training.base import KDTrainer
+from nnunet_kd.training.joint_segmentations import write_joint_segmentations
 from nnunet_kd.training.member_view import MemberView, evaluation_labels
 
 
@@ -326,7 +327,7 @@ class nnUNetTrainerKDTeacher(KDTrainer):
     # ---- final validation -----------------------------------------------------------------------------------------
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Stock validation per member into ``MEMBER/validation``, and one summary over all in ``validation``."""
+        """Stock validation per member into ``MEMBER/validation``; all in the joint label map into ``validation``."""
         folder = Path(self.output_folder)
         for name in self.members:
             self.print_to_log_file(f"Validating {name}")
@@ -336,7 +337,9 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         self.joint_network.select(None)
         if self.local_rank == 0:
             summaries = {name: folder / name / "validation" / "summary.json" for name in self.members}
-            (folder / "validation").mkdir(exist_ok=True)
+            for name, member in self.members.items():
+                cases = self.splits[name][1]
+                write_joint_segmentations(self.joint, member, cases, self.plans_manager, self.dataset_json, folder)
             write_json(folder / "validation" / "summary.json", _join_summaries(summaries))
 
     def _member_output(self, name: str) -> dict[str, Any]:
