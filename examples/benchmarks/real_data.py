@@ -8,8 +8,8 @@ Scenarios (architecture.md and the issue name them so):
   e  a weak teacher: 8 labelled hippocampus cases + nodules, a tenth of the budget
 
 Every run is a real trainer on a real fold: the same plans, budget, fold and seed for control and student; the teacher's
-fold is the student's fold; its budget gives each member the steps of its control (a tenth of that in e). Dice is computed
-on the preprocessed grid without test-time mirroring. A finished run is not repeated.
+fold is the student's fold; its budget is the sum of its members' controls (a tenth of that in e). Dice is computed on the
+preprocessed grid without test-time mirroring. A finished run is not repeated.
 
     NNUNET_KD_DATA=.../nnUNet_raw python examples/benchmarks/real_data.py -o OUT --scenarios a b c d e --folds 0 1 --seeds 0 1
 """
@@ -48,7 +48,7 @@ class Scenario:
     test_on: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-BOTH_SITES = {site: (MONTGOMERY, SHENZHEN) for site in (MONTGOMERY, SHENZHEN)}
+BOTH_SITES = dict.fromkeys((MONTGOMERY, SHENZHEN), (MONTGOMERY, SHENZHEN))
 SCENARIOS = {
     "a": Scenario("3d_fullres", (HIPPOCAMPUS, NODULE, GLIOMA), (HIPPOCAMPUS, NODULE, GLIOMA)),
     "b": Scenario("2d", (MONTGOMERY, SHENZHEN), (MONTGOMERY, SHENZHEN), test_on=BOTH_SITES),
@@ -218,7 +218,7 @@ def train_and_test(root: Path, run: Run, steps: int, epochs: int, settings: dict
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     scenario = SCENARIOS[run.scenario]
-    budget = scenario.teacher_budget if run.kind == "teacher" else 1.0
+    budget = scenario.teacher_budget * len(scenario.members) if run.kind == "teacher" else 1.0
     training = {
         "num_epochs": epochs,
         "num_iterations_per_epoch": max(1, round(steps * budget / epochs)),
@@ -232,14 +232,13 @@ def train_and_test(root: Path, run: Run, steps: int, epochs: int, settings: dict
         folder = next(model.glob(f"nnUNetTrainerKDTeacher__*__{scenario.configuration}"))
         settings = {**settings, "teachers": {"joint": {"model": str(folder)}}}
     else:
-        settings = {}
+        settings = {"budget": "total"}
     os.environ["nnUNetKD_settings"] = json.dumps({**settings, "training": training})
     dataset = joint_name(run.scenario) if run.kind == "teacher" else run.dataset
     plans = "nnUNetKDPlans" if run.kind == "teacher" else student_plans(run.scenario)
     trainer = get_trainer_from_args(
         dataset, scenario.configuration, run.fold, TRAINERS[run.kind], plans, False, torch.device("cpu")
     )
-    trainer.logger.plot_progress_png = lambda folder: None  # two seconds per epoch
     trainer.run_training()
     rows = []
     if run.kind == "teacher":

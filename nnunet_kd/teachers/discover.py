@@ -14,7 +14,11 @@ TEACHER_TRAINER = "nnUNetTrainerKDTeacher"
 
 
 def discover_joint_teacher(
-    dataset: str, configuration: str, fold: int | str, joint: str | None = None, checkpoint: str = "checkpoint_final.pth"
+    dataset: str,
+    configuration: str,
+    fold: int | str,
+    joint: str | None = None,
+    checkpoint: str = "checkpoint_final.pth",
 ) -> dict[str, Any]:
     """Settings of the one trained joint teacher that has ``dataset`` as a member, for this configuration and fold.
 
@@ -50,8 +54,8 @@ def discover_joint_teacher(
     if len(trained) > 1:
         names = ", ".join(name for name, _ in trained)
         raise TeacherError(
-            f"Several joint datasets have a trained teacher for {dataset} {configuration} fold {fold}: {names}. Name one "
-            f"in the settings, for example nnUNetKD_settings='{{\"joint\": \"{trained[0][0]}\"}}'."
+            f"Several joint datasets have a trained teacher for {dataset} {configuration} fold {fold}: {names}. "
+            f"Name one in the settings, for example nnUNetKD_settings='{{\"joint\": \"{trained[0][0]}\"}}'."
         )
     return {"joint": trained[0][0], "teachers": {"joint": {"model": trained[0][1]}}}
 

@@ -113,8 +113,8 @@ class NNUNetTeacher:
     def _single_dataset(self) -> tuple[LabelSpace, InputMap]:
         if self.settings.head is not None:
             raise TeacherError(
-                f"Teacher '{self.name}' names the head '{self.settings.head}', but {self.folder} is not a joint teacher. "
-                f"Remove 'head'."
+                f"Teacher '{self.name}' names the head '{self.settings.head}', but {self.folder} is not a joint "
+                f"teacher. Remove 'head'."
             )
         if self.configuration_manager.previous_stage_name is not None:
             raise NotImplementedError("A cascaded single-dataset teacher is not supported; use its first stage or a "
@@ -179,7 +179,8 @@ class NNUNetTeacher:
                 names,
             )
         except TeacherError as error:
-            raise TeacherError(f"Teacher '{self.name}' in {self.folder} does not fit {student.dataset}: {error}") from error
+            where = f"Teacher '{self.name}' in {self.folder}"
+            raise TeacherError(f"{where} does not fit {student.dataset}: {error}") from error
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 

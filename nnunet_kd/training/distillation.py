@@ -14,7 +14,7 @@ from nnunet_kd.losses import build_loss
 from nnunet_kd.losses.deep_supervision import deep_supervision_loss
 from nnunet_kd.losses.schedules import schedule_weight
 from nnunet_kd.settings import Guard, Settings, Term
-from nnunet_kd.spaces.labels import LabelMap, LabelSpace
+from nnunet_kd.spaces.labels import LabelMap
 from nnunet_kd.teachers.output import TeacherOutput
 from nnunet_kd.training.guard import Competence, gradient_share
 

@@ -12,8 +12,8 @@ SMALL = 1e-8
 def gradient_share(supervised: Tensor, term: Tensor, output: Tensor, share: float) -> Tensor:
     """Factor in (0, 1] that holds a term's gradient to a share of the supervised one.
 
-    Both gradients are taken with respect to the student's full-resolution output [B, C, *S], so that only the two losses
-    and not the network are differentiated.
+    Both gradients are taken with respect to the student's full-resolution output [B, C, *S], so that only the two
+    losses and not the network are differentiated.
     """
     (of_supervised,) = torch.autograd.grad(supervised, output, retain_graph=True)
     (of_term,) = torch.autograd.grad(term, output, retain_graph=True)

@@ -1,7 +1,7 @@
-"""The members' validation in the joint label map, so that stock nnU-Net can compare configurations of a joint teacher.
+"""The members' validation in the joint label map, so that stock nnU-Net can compare a joint teacher's configurations.
 
-``nnUNetv2_find_best_configuration`` looks for one flat folder of predictions and one of references in one label map. Both
-are written here from the members' segmentations, as MEMBER-CASE; no image is copied.
+``nnUNetv2_find_best_configuration`` looks for one flat folder of predictions and one of references in one label map.
+Both are written here from the members' segmentations, as MEMBER-CASE; no image is copied.
 """
 
 from __future__ import annotations

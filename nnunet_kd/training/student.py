@@ -25,12 +25,13 @@ from nnunet_kd.teachers.discover import discover_joint_teacher
 from nnunet_kd.teachers.nnunet import NNUNetTeacher, Student
 from nnunet_kd.training.base import KDTrainer
 from nnunet_kd.training.distillation import DistillationLoss, build_terms, projector_name
+from nnunet_kd.training.progress import append_terms
 
 SETTINGS_FILE = "nnunet_kd_settings.json"
 
 
 class nnUNetTrainerKDStudent(KDTrainer):
-    """Student with the default terms of multi-dataset cross-domain distillation (arXiv 2605.01563; weights: our choice)."""
+    """Student of multi-dataset cross-domain distillation (arXiv 2605.01563); terms and weights are our choice."""
 
     preset: ClassVar[dict[str, Any]] = {
         "terms": [
@@ -38,7 +39,7 @@ class nnUNetTrainerKDStudent(KDTrainer):
         ],
     }
 
-    # ---- settings -------------------------------------------------------------------------------------------------
+    # ---- settings ----
 
     def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
         """Add the joint teacher that fits, if neither the plans nor the user name a teacher."""
@@ -51,7 +52,8 @@ class nnUNetTrainerKDStudent(KDTrainer):
             preset = {**preset, "terms": [{**term, "teacher": only} for term in preset.get("terms", [])]}
         terms = given.get("terms", preset.get("terms", []))
         found: dict[str, Any] = {}
-        if any(term.get("teacher", "joint") == "joint" for term in terms) and not teachers.get("joint", {}).get("model"):
+        needs_joint = any(term.get("teacher", "joint") == "joint" for term in terms)
+        if needs_joint and not teachers.get("joint", {}).get("model"):
             found = self._find_teacher(plans, configuration, fold, given)
         return resolve_settings(preset, found, given)
 
@@ -150,7 +152,7 @@ class nnUNetTrainerKDStudent(KDTrainer):
             supervised, weights, terms, maps, self.wrapped_auxiliary, self.levels, self.settings.guard
         ).to(self.device)
 
-    # ---- training -----------------------------------------------------------------------------------------------------
+    # ---- training ----
 
     def on_train_epoch_start(self) -> None:
         """Count the steps of the epoch, which the schedules of the terms follow."""
@@ -197,7 +199,15 @@ class nnUNetTrainerKDStudent(KDTrainer):
                 if teacher.precision_note:
                     self.print_to_log_file(teacher.precision_note)
 
-    # ---- checkpoint -----------------------------------------------------------------------------------------------------
+    def on_epoch_end(self) -> None:
+        """Stock epoch end; the terms are added to progress.png."""
+        super().on_epoch_end()
+        logged = self.logger.local_logger.my_fantastic_logging
+        terms = {key: logged[key] for term in self.loss.terms for key in (term.name, f"{term.name} weighted")}
+        if self.local_rank == 0 and terms:
+            append_terms(Path(self.output_folder) / "progress.png", terms)
+
+    # ---- checkpoint ----
 
     def checkpoint_extra(self) -> dict[str, Any]:
         """Also the projectors' shapes, the competence, and where the teachers came from."""
