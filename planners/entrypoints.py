@@ -30,7 +30,7 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("-d", nargs="+", required=True, help="Dataset ids or names of the members, for example 301 302")
     parser.add_argument("--joint", required=True, type=int, help="Id of the joint dataset, for example 900")
-    parser.add_argument("--joint_name", default=None, help="Name after DatasetXXX_. Default: the existing one, or Joint")
+    parser.add_argument("--joint_name", default=None, help="Name after DatasetXXX_. Default: the existing, or Joint")
     parser.add_argument("-c", nargs="+", default=None, help="Configurations. Default: all that every member has")
     parser.add_argument("-p", default=None, help="The members' plans. Default: what the planner writes (nnUNetPlans)")
     parser.add_argument("-pl", default=None, help="Stock planner class. Default: ExperimentPlanner")

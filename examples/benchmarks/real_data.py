@@ -8,10 +8,10 @@ Scenarios (architecture.md and the issue name them so):
   e  a weak teacher: 8 labelled hippocampus cases + nodules, a tenth of the budget
 
 Every run is a real trainer on a real fold: the same plans, budget, fold and seed for control and student; the teacher's
-fold is the student's fold; its budget is the sum of its members' controls (a tenth of that in e). Dice is computed on the
-preprocessed grid without test-time mirroring. A finished run is not repeated.
+fold is the student's fold; its budget is the sum of its members' controls (a tenth of that in e). Dice is computed on
+the preprocessed grid without test-time mirroring. A finished run is not repeated.
 
-    NNUNET_KD_DATA=.../nnUNet_raw python examples/benchmarks/real_data.py -o OUT --scenarios a b c d e --folds 0 1 --seeds 0 1
+    NNUNET_KD_DATA=.../nnUNet_raw python examples/benchmarks/real_data.py -o OUT --folds 0 1 --seeds 0 1
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SCENARIOS = {
     "d": Scenario("3d_fullres", (HIPPOCAMPUS, NODULE, GLIOMA), (HIPPOCAMPUS,), student_width=0.5, teacher_of="a"),
     "e": Scenario("3d_fullres", (HIPPOCAMPUS, NODULE), (HIPPOCAMPUS,), few_labels=HIPPOCAMPUS, teacher_budget=0.1),
 }
-TRAINERS = {"teacher": "nnUNetTrainerKDTeacher", "control": "nnUNetTrainerKDControl", "student": "nnUNetTrainerKDStudent"}
+TRAINERS = {kind: f"nnUNetTrainerKD{kind.capitalize()}" for kind in ("teacher", "control", "student")}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def call(command: list[str], env: dict[str, str], log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stream:
         tool = str(Path(sys.executable).parent / command[0])
-        code = subprocess.run([tool, *command[1:]], env=env, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+        command = [tool, *command[1:]]
+        code = subprocess.run(command, env=env, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
     if code:
         sys.exit(f"{' '.join(command)} failed:\n" + "\n".join(log.read_text().splitlines()[-25:]))
 
@@ -113,7 +114,8 @@ def prepare(root: Path, names: list[str]) -> None:
     env = environment(root, "preprocessed", "shared", 2)
     for scenario in {SCENARIOS[name].configuration: SCENARIOS[name] for name in names}.values():
         configuration = scenario.configuration
-        members = sorted({m for n in names for m in SCENARIOS[n].members if SCENARIOS[n].configuration == configuration})
+        alike = [SCENARIOS[name] for name in names if SCENARIOS[name].configuration == configuration]
+        members = sorted({member for other in alike for member in other.members})
         for member in members:
             folder = root / "preprocessed" / member
             if not (folder / f"{BASE_PLANS}.json").is_file():
@@ -179,7 +181,7 @@ def link_members(root: Path, name: str, scenario: Scenario) -> None:
         for entry in source.iterdir():
             if entry.is_dir() and not (target / entry.name).exists():
                 (target / entry.name).symlink_to(entry, target_is_directory=True)
-            elif entry.suffix == ".json" and not entry.name.startswith("nnUNetKD") and entry.name != "splits_final.json":
+            elif entry.suffix == ".json" and not entry.name.startswith(("nnUNetKD", "splits_final")):
                 shutil.copy(entry, target / entry.name)
 
 
@@ -204,7 +206,8 @@ def plan_runs(names: list[str], folds: list[int], seeds: list[int], variant: str
                 if teacher not in teachers:
                     teachers.append(teacher)
                 for dataset in scenario.students:
-                    others += [Run(name, "control", dataset, fold, seed), Run(name, "student", dataset, fold, seed, variant)]
+                    others.append(Run(name, "control", dataset, fold, seed))
+                    others.append(Run(name, "student", dataset, fold, seed, variant))
     return teachers, others
 
 

@@ -1,7 +1,8 @@
 """Domain-adversarial alignment of the members' representations at the bottleneck.
 
 Source: Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 2016, sections 4.1 and 5.2.2 (gradient
-reversal and its schedule). The domain is the member's identity; the classifier sees the averaged bottleneck (our choice).
+reversal and its schedule). The domain is the member's identity; the classifier sees the averaged bottleneck (our
+choice).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What all trainers of nnunet_kd share: settings, budget, seed, an own checkpoint key, extra log lines.
 
-Host behaviour relied on (nnunetv2 2.8): ``save_checkpoint`` writes to whatever ``torch.save`` accepts; ``load_checkpoint`` calls ``initialize`` first; the logger replaces its dict when a checkpoint is loaded.
+Host behaviour relied on (nnunetv2 2.8): ``save_checkpoint`` writes to whatever ``torch.save`` accepts;
+``load_checkpoint`` calls ``initialize`` first; the logger replaces its dict when a checkpoint is loaded.
 """
 
 from __future__ import annotations
