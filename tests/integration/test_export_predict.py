@@ -1,18 +1,21 @@
-"""Plan, train, export and predict through the real commands: a student, a head of its own and a shared head."""
+"""Plan, train, export and predict through the real commands: a student, and one head of its teacher."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
+from PIL import Image
+
+from nnunet_kd.cli.export import main as export_command
+from nnunet_kd.cli.predict import main as predict_command
 
 pytestmark = pytest.mark.integration
 
@@ -22,8 +25,9 @@ ONE_STEP = {
 }
 SMALL = {"num_cases": 5, "num_test_cases": 1, "dimension": 2, "shape": (36, 40)}
 FLAGS = ["-device", "cpu", "-npp", "0", "-nps", "0", "--disable_progress_bar"]
+CASE = "alpha_005"
 
-# stock nnU-Net in a process in which nnunet_kd cannot be imported; the one part of FLAGS it lacks are -npp and -nps 0
+# Stock nnU-Net where nnunet_kd cannot be imported: triples of model folder, input folder, output folder.
 STOCK_ONLY = """
 import sys
 
@@ -34,170 +38,146 @@ class Refuse:
         return None
 
 sys.meta_path.insert(0, Refuse())
+import os
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-model, source, target = sys.argv[1:]
-predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-predictor.initialize_from_trained_model_folder(model, None)
-predictor.predict_from_files_sequential(source, target, save_probabilities=True)
-assert not any(name.split(".")[0] == "nnunet_kd" for name in sys.modules)
+os.environ.pop("nnUNet_extTrainer")
+for model, source, target in zip(*[iter(sys.argv[1:])] * 3):
+    os.makedirs(target)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(model, None)
+    predictor.predict_from_files_sequential(source, target, save_probabilities=True)
 """
 
 
 @pytest.fixture(scope="module")
 def trained(nnunet_dirs: Any, make_dataset: Callable[..., Path], run_command: Callable[..., Any]) -> SimpleNamespace:
-    """Members 1 (two channels, two labels) and 2, 3 (one channel, a shared head); a teacher; a student of 1."""
-    two_labels = {"background": 0, "core": 1, "rim": 2}
-    alpha = make_dataset(nnunet_dirs.raw, 1, "Alpha", channels=("T1", "T2"), labels=two_labels, **SMALL)
-    beta = make_dataset(nnunet_dirs.raw, 2, "Beta", channels=("T2",), **SMALL)
-    make_dataset(nnunet_dirs.raw, 3, "Gamma", channels=("T2",), labels={"background": 0, "tumor": 1}, **SMALL)
-    members = {"2": {"lesion": "anything"}, "3": {"tumor": "anything"}}
-    head = {"labels": {"background": 0, "anything": 1}, "members": members}
-    heads = nnunet_dirs.raw / "heads.json"
-    heads.write_text(json.dumps({"mass": head}))
+    """A teacher of Alpha (T1, T2; two labels) and Beta (T2; one label), and a student of Alpha: one step each."""
+    labels = {"background": 0, "core": 1, "rim": 2}
+    alpha = make_dataset(nnunet_dirs.raw, 1, "Alpha", channels=("T1", "T2"), labels=labels, **SMALL)
+    make_dataset(nnunet_dirs.raw, 2, "Beta", channels=("T2",), **SMALL)
     environment = {**nnunet_dirs.environment, "nnUNetKD_settings": json.dumps(ONE_STEP)}
 
-    def run(*args: str | Path, check: bool = True) -> Any:
-        return run_command(args, environment, check=check)
+    def run(*args: str | Path) -> Any:
+        return run_command(args, environment)
 
-    run("nnUNetKD_plan_and_preprocess", "-d", "1", "2", "3", "--joint", "900", "-c", "2d", "-np", "1", "-npfp", "1",
-        "--heads", heads)  # fmt: skip
+    run("nnUNetKD_plan_and_preprocess", "-d", "2", "1", "--joint", "900", "-c", "2d", "-np", "1", "-npfp", "1")
     run("nnUNetv2_train", "900", "2d", "0", "-tr", "nnUNetTrainerKDTeacher", "-p", "nnUNetKDPlans", "-device", "cpu")
     run("nnUNetv2_train", "1", "2d", "0", "-tr", "nnUNetTrainerKDStudent", "-device", "cpu")
     results = nnunet_dirs.results
     return SimpleNamespace(
         run=run,
+        environment=environment,
         alpha=alpha,
-        beta=beta,
-        preprocessed=nnunet_dirs.preprocessed,
         teacher=results / "Dataset900_Joint" / "nnUNetTrainerKDTeacher__nnUNetKDPlans__2d",
         student=results / "Dataset001_Alpha" / "nnUNetTrainerKDStudent__nnUNetPlans__2d",
     )
 
 
-def files_of(folder: Path, ending: str = ".png") -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.glob(f"*{ending}")}
+@pytest.fixture
+def in_process(trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call a command's entry point here, because a process of its own costs seconds."""
+    for name, value in trained.environment.items():
+        monkeypatch.setenv(name, value)
+
+    def call(command: Callable[[Sequence[str]], None], *args: str | Path) -> None:
+        command([str(argument) for argument in args])
+
+    return call
 
 
-def probabilities_of(folder: Path) -> dict[str, np.ndarray]:
-    return {file.name: np.load(file)["probabilities"] for file in folder.glob("*.npz")}
+def probabilities_of(folder: Path, case: str) -> np.ndarray:
+    return np.load(folder / f"{case}.npz")["probabilities"]
 
 
-def predict_without_us(trained: SimpleNamespace, model: Path, source: Path, target: Path) -> None:
-    trained.run(sys.executable, "-c", STOCK_ONLY, model, source, target)
-
-
-def check_vanilla(model: Path, num_inputs: int, num_outputs: int) -> None:
+def check_vanilla(model: Path) -> None:
     assert {path.name for path in model.iterdir()} == {
         "plans.json", "dataset.json", "dataset_fingerprint.json", "fold_0",
     }  # fmt: skip
-    assert "nnunet_kd" not in (model / "plans.json").read_text()
-    assert "nnunet_kd" not in (model / "dataset.json").read_text()
+    plans = json.loads((model / "plans.json").read_text())
+    dataset_json = json.loads((model / "dataset.json").read_text())
+    assert plans["dataset_name"] == "Dataset001_Alpha"
+    assert "nnunet_kd" not in plans
+    assert dataset_json["labels"] == {"background": 0, "core": 1, "rim": 2}
+    assert dataset_json["channel_names"] == {"0": "T1", "1": "T2"}
     checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=True)
     assert set(checkpoint) == {"network_weights", "trainer_name", "init_args", "inference_allowed_mirroring_axes"}
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
-    assert checkpoint["init_args"]["plans"] == json.loads((model / "plans.json").read_text())
+    assert checkpoint["init_args"] == {"plans": plans, "configuration": "2d", "fold": 0, "dataset_json": dataset_json}
     weights = checkpoint["network_weights"]
-    assert weights["encoder.stages.0.0.convs.0.conv.weight"].shape[1] == num_inputs
-    assert weights["decoder.seg_layers.0.weight"].shape[0] == num_outputs
+    assert weights["encoder.stages.0.0.convs.0.conv.weight"].shape[1] == 2
+    assert weights["decoder.seg_layers.0.weight"].shape[0] == 3
 
 
-def test_exported_student_predicts_the_same_files_without_nnunet_kd(trained: SimpleNamespace, tmp_path: Path) -> None:
-    exported = tmp_path / "exported"
-    result = trained.run("nnUNetKD_export", "-m", trained.student, "-o", exported)
-    assert "fold 0: identical logits" in result.stdout
-    check_vanilla(exported, num_inputs=2, num_outputs=3)
-
-    source = trained.alpha / "imagesTs"
-    trained.run("nnUNetv2_predict", "-d", "1", "-c", "2d", "-f", "0", "-tr", "nnUNetTrainerKDStudent", "-i", source,
-                "-o", tmp_path / "stock", "--save_probabilities", *FLAGS)  # fmt: skip
-    trained.run("nnUNetKD_predict", "-m", trained.student, "-i", source, "-o", tmp_path / "ours",
-                "--save_probabilities", *FLAGS)  # fmt: skip
-    predict_without_us(trained, exported, source, tmp_path / "exported_predictions")
-    expected = files_of(tmp_path / "stock")
-    assert list(expected) == ["alpha_005.png"]
-    assert files_of(tmp_path / "ours") == expected
-    assert files_of(tmp_path / "exported_predictions") == expected
-    for folder in ("ours", "exported_predictions"):
-        np.testing.assert_array_equal(
-            probabilities_of(tmp_path / folder)["alpha_005.npz"], probabilities_of(tmp_path / "stock")["alpha_005.npz"]
-        )
-
-
-@pytest.mark.parametrize(
-    ("head", "member", "images", "case", "channels", "labels"),
-    [
-        ("Dataset001_Alpha", None, "alpha", "alpha_005", 2, {"background": 0, "core": 1, "rim": 2}),
-        ("mass", "Dataset002_Beta", "beta", "beta_005", 1, {"background": 0, "anything": 1}),
-    ],
-)
-def test_exported_head_predicts_the_same_files_without_nnunet_kd(
-    trained: SimpleNamespace,
-    tmp_path: Path,
-    head: str,
-    member: str | None,
-    images: str,
-    case: str,
-    channels: int,
-    labels: dict[str, int],
+def test_exports_predict_the_same_files_without_nnunet_kd(
+    trained: SimpleNamespace, in_process: Callable[..., None], tmp_path: Path
 ) -> None:
-    which = ["--head", head] + ([] if member is None else ["--member", member])
-    exported = tmp_path / "exported"
-    result = trained.run("nnUNetKD_export", "-m", trained.teacher, "-o", exported, *which)
+    run, source = trained.run, trained.alpha / "imagesTs"
+    head = ["--head", "Dataset001_Alpha"]
+    result = run("nnUNetKD_export", "-m", trained.student, "-o", tmp_path / "student")
+    assert "fold 0: identical logits" in result.stdout
+    result = run("nnUNetKD_export", "-m", trained.teacher, "-o", tmp_path / "head", *head)
     assert "fold 0: " in result.stdout
-    check_vanilla(exported, channels, len(labels))
-    assert json.loads((exported / "dataset.json").read_text())["labels"] == labels
-    plans = json.loads((exported / "plans.json").read_text())
-    assert plans["dataset_name"] == (member or head)
+    check_vanilla(tmp_path / "student")
+    check_vanilla(tmp_path / "head")
 
-    source = getattr(trained, images) / "imagesTs"
-    trained.run("nnUNetKD_predict", "-m", trained.teacher, *which, "-i", source, "-o", tmp_path / "ours",
-                "--save_probabilities", *FLAGS)  # fmt: skip
-    predict_without_us(trained, exported, source, tmp_path / "exported_predictions")
-    expected = files_of(tmp_path / "ours")
-    assert list(expected) == [f"{case}.png"]
-    assert files_of(tmp_path / "exported_predictions") == expected
-    probabilities = probabilities_of(tmp_path / "ours")[f"{case}.npz"]
-    assert probabilities.shape == (len(labels), 1, *SMALL["shape"])
-    np.testing.assert_array_equal(probabilities_of(tmp_path / "exported_predictions")[f"{case}.npz"], probabilities)
-    segmentation = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "ours" / f"{case}.png")))
-    np.testing.assert_array_equal(segmentation, probabilities.argmax(0)[0])
+    run("nnUNetv2_predict", "-d", "1", "-c", "2d", "-f", "0", "-tr", "nnUNetTrainerKDStudent", "-i", source,
+        "-o", tmp_path / "student_stock", "--save_probabilities", *FLAGS)  # fmt: skip
+    run("nnUNetKD_predict", "-m", trained.teacher, *head, "-i", source,
+        "-o", tmp_path / "head_ours", "--save_probabilities", *FLAGS)  # fmt: skip
+    in_process(predict_command, "-m", trained.student, "-i", source, "-o", tmp_path / "student_ours",
+               "--save_probabilities", *FLAGS)  # fmt: skip
+    run(sys.executable, "-c", STOCK_ONLY, tmp_path / "student", source, tmp_path / "student_exported",
+        tmp_path / "head", source, tmp_path / "head_exported")  # fmt: skip
+
+    compared = {"student_stock": ("student_ours", "student_exported"), "head_ours": ("head_exported",)}
+    for expected, others in compared.items():
+        probabilities = probabilities_of(tmp_path / expected, CASE)
+        assert probabilities.shape == (3, 1, *SMALL["shape"])
+        segmentation = np.asarray(Image.open(tmp_path / expected / f"{CASE}.png"))
+        np.testing.assert_array_equal(segmentation, probabilities.argmax(0)[0])
+        for other in others:
+            assert [file.name for file in (tmp_path / other).glob("*.png")] == [f"{CASE}.png"]
+            assert (tmp_path / other / f"{CASE}.png").read_bytes() == (tmp_path / expected / f"{CASE}.png").read_bytes()
+            np.testing.assert_array_equal(probabilities_of(tmp_path / other, CASE), probabilities)
 
 
-def test_head_predicts_what_the_teacher_s_own_validation_predicted(trained: SimpleNamespace, tmp_path: Path) -> None:
-    validation = files_of(trained.teacher / "fold_0" / "Dataset001_Alpha" / "validation")
-    for case in validation:
-        for image in (trained.alpha / "imagesTr").glob(case.replace(".png", "_*.png")):
-            (tmp_path / "in").mkdir(exist_ok=True)
+def test_head_predicts_what_the_teacher_s_own_validation_predicted(
+    trained: SimpleNamespace, in_process: Callable[..., None], tmp_path: Path
+) -> None:
+    validated = list((trained.teacher / "fold_0" / "Dataset001_Alpha" / "validation").glob("*.png"))
+    (tmp_path / "in").mkdir()
+    for file in validated:
+        for image in (trained.alpha / "imagesTr").glob(f"{file.stem}_*.png"):
             (tmp_path / "in" / image.name).symlink_to(image)
-    trained.run("nnUNetKD_predict", "-m", trained.teacher, "--head", "1", "-i", tmp_path / "in", "-o", tmp_path / "out",
-                *FLAGS)  # fmt: skip
-    assert validation
-    assert files_of(tmp_path / "out") == validation
+    in_process(predict_command, "-m", trained.teacher, "--head", "1", "-i", tmp_path / "in", "-o", tmp_path / "out",
+               *FLAGS)  # fmt: skip
+    assert validated
+    for file in validated:
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_mistakes_are_named(trained: SimpleNamespace, tmp_path: Path) -> None:
-    full = tmp_path / "full"
+def test_mistakes_are_named(
+    trained: SimpleNamespace, in_process: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, new = tmp_path / "full", tmp_path / "new"
     full.mkdir()
     (full / "file").touch()
-    source = trained.beta / "imagesTs"
-    export_student = ("nnUNetKD_export", "-m", trained.student, "-o")
-    export_teacher = ("nnUNetKD_export", "-m", trained.teacher, "-o")
-    predict_teacher = ("nnUNetKD_predict", "-m", trained.teacher, "-i", source, "-device", "cpu", "-o")
-    new = tmp_path / "new"
-    both = "Say with --member which one the images are like: Dataset002_Beta, Dataset003_Gamma"
-    mistakes = [
-        ((*export_student, full), "exists and is not an empty folder"),
-        ((*export_student, new, "-f", "0", "3"), "fold_3. Folds that have it: 0"),
-        ((*export_student, new, "--head", "mass"), "not a joint teacher"),
-        ((*export_teacher, new), "say with --head"),
-        ((*predict_teacher, new, "--head", "mass"), both),
+    images = ["-i", trained.alpha / "imagesTs", "-device", "cpu"]
+    mistakes: list[tuple[Callable[..., None], list[str | Path], str]] = [
+        (export_command, ["-m", trained.student, "-o", full], "exists and is not an empty folder"),
+        (export_command, ["-m", trained.student, "-o", new, "-f", "0", "3"], "fold_3. Folds that have it: 0"),
+        (export_command, ["-m", trained.student, "-o", new, "--head", "x"], "not a joint teacher"),
+        (export_command, ["-m", trained.teacher, "-o", new], "say with --head"),
+        (predict_command, ["-m", trained.teacher, "-o", new, "--head", "x", *images], "Heads: Dataset002_Beta"),
+        (predict_command, ["-m", trained.student, "-o", new, "--head", "x", *images], "not a joint teacher"),
+        (predict_command, ["-m", tmp_path / "no", "-o", new, *images], "There is no trained model"),
     ]
-    for command, message in mistakes:
-        result = trained.run(*command, check=False)
-        assert result.returncode == 2
-        assert message in result.stderr
-        assert "Traceback" not in result.stderr
+    for command, arguments, message in mistakes:
+        with pytest.raises(SystemExit) as stopped:
+            in_process(command, *arguments)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
     assert not new.exists()
     assert [file.name for file in full.iterdir()] == ["file"]
