@@ -16,7 +16,6 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy import ndimage
-from tqdm import tqdm
 
 from nnunet_kd.files import write_json
 
@@ -26,10 +25,10 @@ Mask = NDArray[np.bool_]
 JOINT_ID = 970
 FILE_ENDING = ".nii.gz"
 # Shape statistics of the lesion, in mm, the same in every domain.
-LESION_RADIUS_MM = (6.0, 11.0)
-LESION_ROUGHNESS = 0.35
+LESION_RADIUS_MM = (8.0, 13.0)
+LESION_ROUGHNESS = 0.3
 ROUGHNESS_SCALE_MM = 4.0
-EDEMA_WIDTH_MM = 4.0
+EDEMA_WIDTH_MM = 6.0
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ DOMAINS = (
     Domain(
         dataset_id=971,
         name="DemoCT",
-        shape=(24, 40, 40),
-        spacing_mm=(3.0, 1.6, 1.6),
+        shape=(16, 32, 32),
+        spacing_mm=(4.5, 2.2, 2.2),
         channels=(Channel("CT", air=-1000, tissue=20, organ=95, lesion=50, edema=95, noise=26),),
         labels={"background": 0, "organ": 1, "lesion": 2},
         num_training=16,
@@ -84,17 +83,17 @@ DOMAINS = (
     Domain(
         dataset_id=972,
         name="DemoT1",
-        shape=(28, 44, 44),
-        spacing_mm=(2.5, 1.5, 1.5),
+        shape=(16, 32, 32),
+        spacing_mm=(4.0, 2.0, 2.0),
         channels=(Channel("T1", air=20, tissue=420, organ=520, lesion=400, edema=520, noise=55, bias=0.15),),
         labels={"background": 0, "lesion": 1},
-        num_training=5,
+        num_training=6,
     ),
     Domain(
         dataset_id=973,
         name="DemoMR",
-        shape=(20, 40, 40),
-        spacing_mm=(3.6, 1.7, 1.7),
+        shape=(16, 32, 32),
+        spacing_mm=(4.2, 2.4, 2.4),
         channels=(
             Channel("T1", air=0, tissue=0.42, organ=0.55, lesion=0.40, edema=0.48, noise=0.05, bias=0.15),
             Channel("FLAIR", air=0, tissue=0.30, organ=0.40, lesion=0.52, edema=0.62, noise=0.08, bias=0.15),
@@ -116,7 +115,7 @@ def write_domains(raw_folder: Path, domains: tuple[Domain, ...] = DOMAINS, seed:
             continue
         for subfolder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
             (folder / subfolder).mkdir(parents=True, exist_ok=True)
-        for index in tqdm(range(domain.num_training + domain.num_test), desc=f"writing {domain.folder_name}"):
+        for index in range(domain.num_training + domain.num_test):
             images, labels = make_case(domain, np.random.default_rng([seed, domain.dataset_id, index]))
             split = "Tr" if index < domain.num_training else "Ts"
             case = domain.case_name(index)

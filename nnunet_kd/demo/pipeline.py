@@ -28,6 +28,8 @@ STUDENT_PLANS = "nnUNetKDPlansDemo"
 # What two CPU cores can train in a minute. A demo is about the way, not about the best network.
 GPU_MEMORY_TARGET_GB = "0.5"
 WIDTH = "0.25"
+# Starting worker processes takes longer than the few small cases that they would share.
+NO_WORKERS = ("-npp", "0", "-nps", "0")
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class Demo:
             ENVIRONMENT_VARIABLE: json.dumps(self.kd_settings),
             "nnUNet_compile": "f",
             "nnUNet_n_proc_DA": "1",
-            "nnUNet_def_n_proc": "2",
+            # Each worker process imports nnU-Net first, which takes longer than all of its work here.
+            "nnUNet_def_n_proc": "1",
             # Two trainings share the cores: waiting threads must not spin, or both get several times slower.
             "OMP_WAIT_POLICY": "PASSIVE",
             "MPLBACKEND": "Agg",
@@ -170,7 +173,7 @@ class Demo:
                 *("-d", *(_id(name) for name in self.names)),
                 *("--joint", str(self.joint_id), "--joint_name", "DemoJoint", "-c", self.settings.configuration),
                 *("-plans_name", TEACHER_PLANS, "-gpu_memory_target", GPU_MEMORY_TARGET_GB, "--width", WIDTH),
-                *("-np", "2", "-npfp", "2"),
+                *("-np", "1", "-npfp", "1"),
             ),
         )
         outputs = tuple(self.preprocessed / name / f"{TEACHER_PLANS}.json" for name in [self.joint_name, *self.names])
@@ -219,7 +222,7 @@ class Demo:
                 (
                     *("nnUNetKD_predict", "-m", str(self.fold_folder(self.joint_name, TEACHER).parent)),
                     *("--head", name, "-i", images, "-o", str(dataset.predictions[TEACHER]), "-f", fold),
-                    *("-device", device),
+                    *("-device", device, *NO_WORKERS),
                 ),
             )
         ]
@@ -227,8 +230,7 @@ class Demo:
             command = (
                 *("nnUNetv2_predict", "-d", _id(name), "-c", self.settings.configuration, "-f", fold),
                 *("-tr", TRAINERS[method], "-p", STUDENT_PLANS, "-device", device),
-                *("-i", images, "-o", str(dataset.predictions[method])),
-                *("-npp", "0", "-nps", "0"),  # no worker processes: starting them takes longer than these few cases
+                *("-i", images, "-o", str(dataset.predictions[method]), *NO_WORKERS),
             )
             commands.append(Command(f"predict_{method}_{_id(name)}", command))
         return Step(f"predict held-out cases of {name}", tuple(commands), tuple(dataset.predictions.values()))
