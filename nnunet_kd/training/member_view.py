@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from nnunet_kd.spaces.labels import LabelMap
 
-EXCLUDED_LOGIT = -3e4  # finite in float16, in which nnU-Net collects logits
+# Below the lowest logit of the voxel: never chosen, and small enough for nnU-Net, which adds up ten times the logits of
+# overlapping patches in float16. Its probability is at most exp(-20).
+EXCLUDED_MARGIN = 20.0
 
 
 class MemberView(nn.Module):
@@ -35,9 +37,9 @@ class MemberView(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, labels of the member, *S]."""
         logits = self.network(image)
-        shape = (len(logits), self.num_channels, *logits.shape[2:])
-        expanded = torch.full(shape, EXCLUDED_LOGIT, dtype=logits.dtype, device=logits.device)
-        expanded[:, self.representatives] = logits[:, self.head_channels]
+        spoken = logits[:, self.head_channels]
+        expanded = (spoken.amin(1, keepdim=True) - EXCLUDED_MARGIN).repeat_interleave(self.num_channels, dim=1)
+        expanded[:, self.representatives] = spoken
         return expanded
 
 
