@@ -32,11 +32,16 @@ def discover_joint_teacher(
     Raises:
         TeacherError: No joint dataset names it, none has a trained teacher, or several have.
     """
-    candidates = [(found, plans) for found, plans in find_joint_datasets(dataset) if _is_wanted(found.name, joint)]
+    candidates = [
+        (found, plans)
+        for found, plans in find_joint_datasets(dataset)
+        if is_wanted(found.name, joint) and configuration in found.members[dataset].batch_sizes
+    ]
     if not candidates:
         which = "no joint dataset" if joint is None else f"the joint dataset {joint} does not exist or does not"
         raise TeacherError(
-            f"No teacher: {which} name{'s' if joint is None else ''} {dataset} as a member. Make a teacher first:\n"
+            f"No teacher: {which} name{'s' if joint is None else ''} {dataset} as a member in {configuration}. Make a "
+            f"teacher first:\n"
             f"  nnUNetKD_plan_and_preprocess -d {dataset[7:10]} OTHER_ID --joint NEW_ID -c {configuration}\n"
             f"  nnUNetv2_train NEW_ID {configuration} {fold} -tr {TEACHER_TRAINER} -p nnUNetKDPlans\n"
             f"or name any trained nnU-Net in the settings (teachers: {{\"joint\": {{\"model\": FOLDER}}}})."
@@ -60,5 +65,6 @@ def discover_joint_teacher(
     return {"joint": trained[0][0], "teachers": {"joint": {"model": trained[0][1]}}}
 
 
-def _is_wanted(name: str, joint: str | None) -> bool:
+def is_wanted(name: str, joint: str | None) -> bool:
+    """Whether ``joint`` (full name, id, or None for any) means the joint dataset ``name``."""
     return joint is None or name == joint or name[7:10] == str(joint).zfill(3)

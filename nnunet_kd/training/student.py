@@ -21,7 +21,7 @@ from nnunet_kd.networks.taps import find_stage, tap
 from nnunet_kd.settings import BLOCK, DESCRIPTION_KEYS, Settings, merge, read_user_settings, resolve_settings
 from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.spaces.labels import LabelMap
-from nnunet_kd.teachers.discover import discover_joint_teacher
+from nnunet_kd.teachers.discover import discover_joint_teacher, is_wanted
 from nnunet_kd.teachers.nnunet import NNUNetTeacher, Student
 from nnunet_kd.training.base import KDTrainer
 from nnunet_kd.training.distillation import DistillationLoss, build_terms, projector_name
@@ -65,7 +65,8 @@ class nnUNetTrainerKDStudent(KDTrainer):
         resumed = plans.get("continue_training") or (folder / "checkpoint_final.pth").is_file()
         if started and resumed and (folder / SETTINGS_FILE).is_file():
             recorded = json.loads((folder / SETTINGS_FILE).read_text())
-            return {"joint": recorded["joint"], "teachers": {"joint": recorded["teachers"]["joint"]}}
+            if "joint" in recorded["teachers"] and is_wanted(str(recorded["joint"]), given.get("joint")):
+                return {"joint": recorded["joint"], "teachers": {"joint": recorded["teachers"]["joint"]}}
         checkpoint = given.get("teachers", {}).get("joint", {}).get("checkpoint", "checkpoint_final.pth")
         return discover_joint_teacher(plans["dataset_name"], configuration, fold, given.get("joint"), checkpoint)
 
@@ -117,6 +118,7 @@ class nnUNetTrainerKDStudent(KDTrainer):
             self.initialize()
         if not hasattr(self, "teachers"):
             self.teachers = self._make_teachers()
+        self.do_split()  # writes a missing splits_final.json, which tells the teachers what they must not have seen
         for name, teacher in self.teachers.items():
             levels = sorted({level for t in self.settings.terms if t.teacher == name for level in t.levels})
             teacher.load(self.device, levels, self._do_i_compile())
