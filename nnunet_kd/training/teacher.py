@@ -87,6 +87,7 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         for name, (training, validation) in self.splits.items():
             if not training or not validation:
                 raise JointDatasetError(f"{name} has no cases in fold {self.fold} of {self.joint.splits_file}.")
+        self._refuse_merged_labels_in_cascade()
         self.probabilities = member_probabilities(
             {name: len(training) for name, (training, _) in self.splits.items()}, self.settings.sampling_exponent
         )
@@ -101,6 +102,16 @@ class nnUNetTrainerKDTeacher(KDTrainer):
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         self.losses = {name: self._member_loss(name) for name in self.members}
         self.head_label_managers = {name: self._head_label_manager(name) for name in self.members}
+
+    def _refuse_merged_labels_in_cascade(self) -> None:
+        for name in self.members if self.is_cascaded else ():
+            label_map = self.joint.head_map(name)
+            if label_map is not None and any(len(group) > 1 for group in label_map.groups):
+                raise NotImplementedError(
+                    f"{name} has labels that its shared head '{self.joint.members[name].head}' merges. In a cascade the "
+                    f"previous stage must tell them apart. Give {name} a head of its own (--heads), or train "
+                    f"3d_fullres."
+                )
 
     def _set_budget(self) -> None:
         training = self.settings.training
@@ -320,8 +331,22 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         return {**super().checkpoint_extra(), "training_cases": cases, "steps": dict(self.steps)}
 
     def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
-        """Also the steps per member."""
+        """Also the steps per member.
+
+        Raises:
+            JointDatasetError: The training was started with other members or training cases; a teacher that has seen
+                both could not say which validation cases it knows.
+        """
         super().load_checkpoint_extra(extra)
+        splits = {name: self.joint.split(member, self.fold) for name, member in self.members.items()}
+        recorded = {name: set(cases) for name, cases in extra.get("training_cases", {}).items()}
+        changed = {name for name in {*recorded, *splits} if recorded.get(name) != set(splits.get(name, ([],))[0])}
+        if changed:
+            raise JointDatasetError(
+                f"The checkpoint in {self.output_folder} was trained on other cases of {', '.join(sorted(changed))} than "
+                f"{self.joint.name} has now in fold {self.fold}. Train from the start (without --c or --val), or under "
+                f"another -plans_name."
+            )
         self.steps = Counter(extra.get("steps", {}))
 
     # ---- final validation -----------------------------------------------------------------------------------------
