@@ -46,7 +46,8 @@ class MemberView(nn.Module):
 def evaluation_labels(label_manager: LabelManager, label_map: LabelMap) -> Any:
     """The member's label manager, evaluating labels that share a class of the head as one region."""
     values = label_map.source.values
-    groups = [tuple(values[channel][0] for channel in group) for group in label_map.groups[1:] if group]
+    # in the order of the member's labels, in which a cascade lists the channels of the previous stage
+    groups = sorted(tuple(values[channel][0] for channel in group) for group in label_map.groups[1:] if group)
     foreground = [group[0] if len(group) == 1 else group for group in groups]
     view = type("MemberLabels", (type(label_manager),), {"foreground_labels": property(lambda self: foreground)})
     changed: Any = object.__new__(view)
