@@ -125,7 +125,7 @@ def finish(started: Started, timeout: float) -> subprocess.CompletedProcess[str]
         while (code := started.poll()) is None:
             if time.monotonic() > deadline:
                 started.kill()
-                pytest.fail(f"{' '.join(started.args)} not finished after {timeout:.0f} s\n{started.output.read_text()}")
+                pytest.fail(f"{started.args} not finished after {timeout:.0f} s\n{started.output.read_text()}")
             time.sleep(0.02)
         return subprocess.CompletedProcess(started.args, code, started.output.read_text(errors="replace"), "")
     finally:

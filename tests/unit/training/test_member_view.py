@@ -39,7 +39,14 @@ def test_logits_fit_into_nnunets_half_precision_sum_over_patches() -> None:
 def test_labels_that_share_a_class_are_evaluated_together() -> None:
     manager = LabelManager(LABELS, None)
     view = evaluation_labels(manager, MAP)
-    assert view.foreground_labels == [3, (1, 2)]
+    assert view.foreground_labels == [(1, 2), 3]
     assert manager.foreground_labels == [1, 2, 3]
     assert isinstance(view, LabelManager)
     assert view.num_segmentation_heads == manager.num_segmentation_heads
+
+
+def test_labels_in_another_order_keep_the_members_order() -> None:
+    labels = {"background": 0, "core": 1, "cyst": 2}
+    member = LabelSpace.from_dataset_json({"labels": labels})
+    label_map = member_to_head_map(member, HEAD, {"core": "lesion", "cyst": "cyst"})
+    assert evaluation_labels(LabelManager(labels, None), label_map).foreground_labels == [1, 2]
