@@ -92,7 +92,9 @@ class NNUNetTeacher:
         else:
             label_space, self.input_map = self._joint_head(self.joint)
         try:
-            self.student_map, self.teacher_map = match_label_spaces(student.label_space, label_space, settings.labels)
+            self.student_map, self.teacher_map = match_label_spaces(
+                student.label_space, label_space, self.settings.labels
+            )
         except LabelSpaceError as error:
             raise LabelSpaceError(f"Teacher '{name}' in {self.folder}: {error}") from error
         self.networks: list[Any] = []
