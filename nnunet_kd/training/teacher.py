@@ -108,8 +108,8 @@ class nnUNetTrainerKDTeacher(KDTrainer):
             label_map = self.joint.head_map(name)
             if label_map is not None and any(len(group) > 1 for group in label_map.groups):
                 raise NotImplementedError(
-                    f"{name} has labels that its shared head '{self.joint.members[name].head}' merges. In a cascade the "
-                    f"previous stage must tell them apart. Give {name} a head of its own (--heads), or train "
+                    f"{name} has labels that its shared head '{self.joint.members[name].head}' merges. In a cascade "
+                    f"the previous stage must tell them apart. Give {name} a head of its own (--heads), or train "
                     f"3d_fullres."
                 )
 
@@ -343,8 +343,8 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         changed = {name for name in {*recorded, *splits} if recorded.get(name) != set(splits.get(name, ([],))[0])}
         if changed:
             raise JointDatasetError(
-                f"The checkpoint in {self.output_folder} was trained on other cases of {', '.join(sorted(changed))} than "
-                f"{self.joint.name} has now in fold {self.fold}. Train from the start (without --c or --val), or under "
+                f"The checkpoint in {self.output_folder} was trained on other cases of {', '.join(sorted(changed))} "
+                f"than {self.joint.name} has now in fold {self.fold}. Train from the start (without --c or --val), or under "
                 f"another -plans_name."
             )
         self.steps = Counter(extra.get("steps", {}))
