@@ -388,3 +388,68 @@ def test_shared_head(trained: Any, tmp_path: Path) -> None:
     student = load_checkpoint(trained.model(GAMMA, "Student") / "fold_0" / "checkpoint_final.pth")
     assert student["network_weights"]["decoder.seg_layers.0.weight"].shape[0] == 3
     assert student["logging"]["joint.logits.kl"][0] > 0
+
+
+# --- cascade ----------------------------------------------------------------------------------------------------------
+def add_low_resolution(plans_file: Path) -> None:
+    """What nnU-Net plans for large images: half the resolution, and a cascade on top of it."""
+    plans = read(plans_file)
+    full = plans["configurations"]["3d_fullres"]
+    plans["configurations"]["3d_lowres"] = {
+        **full,
+        "data_identifier": "nnUNetPlans_3d_lowres",
+        "spacing": [2 * step for step in full["spacing"]],
+        "patch_size": [8, 12, 12],
+        "next_stage": "3d_cascade_fullres",
+    }
+    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    plans_file.write_text(json.dumps(plans))
+
+
+def test_cascade(make_world: Callable[[], Any], make_dataset: Callable[..., Path]) -> None:
+    world = make_world()
+    make_dataset(world.raw, 5, "Epsilon", shape=(16, 18, 20), labels={"background": 0, "a": 1, "b": 2})
+    make_dataset(world.raw, 6, "Zeta", shape=(18, 16, 20))
+    names = ["Dataset005_Epsilon", "Dataset006_Zeta"]
+    joint = ("-d", "5", "6", "--joint", "900", "--width", "0.25")
+    world.plan(*joint, "-c", "3d_fullres")
+    for name in names:
+        add_low_resolution(world.preprocessed / name / "nnUNetPlans.json")
+    world.plan(*joint, "-c", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
+    settings = {"training": {**ONE_STEP, "num_iterations_per_epoch": 3}, "budget": "total"}
+    student = {**STUDENT, "training": ONE_STEP}
+    for configuration in ("3d_lowres", "3d_cascade_fullres"):
+        where = {"configuration": configuration, "fold": "all"}  # the next stage needs predictions of every case
+        world.train(900, "Teacher", "-p", "nnUNetKDPlans", settings=settings, **where)
+        world.train(5, "Student", settings=student, **where)
+    low = world.model("Dataset900_Joint", "Teacher", "nnUNetKDPlans", "3d_lowres")
+    for name in names:
+        assert len(list((low / name / "predicted_next_stage" / "3d_cascade_fullres").glob("*.b2nd"))) == 5
+    full = world.model("Dataset900_Joint", "Teacher", "nnUNetKDPlans", "3d_cascade_fullres")
+    weights = load_checkpoint(full / "fold_all" / "checkpoint_final.pth")["network_weights"]
+    assert weights["encoder.stages.0.0.convs.0.conv.weight"].shape[1] == 1 + 2 + 1  # T1, and both members' labels
+    model = world.model(names[0], "Student", configuration="3d_cascade_fullres")
+    checkpoint = load_checkpoint(model / "fold_all" / "checkpoint_final.pth")
+    assert shapes(checkpoint) == stock_keys(model)
+    assert checkpoint["logging"]["joint.logits.kl"][0] > 0
+    assert len(read(model / "fold_all" / "validation" / "summary.json")["metric_per_case"]) == 5
+
+
+def test_merged_labels_cannot_pass_a_cascade(
+    make_world: Callable[[], Any], make_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    world = make_world()
+    make_dataset(world.raw, 5, "Epsilon", shape=(16, 18, 20), labels={"background": 0, "a": 1, "b": 2})
+    make_dataset(world.raw, 6, "Zeta", shape=(18, 16, 20))
+    world.plan("-d", "5", "6", "--joint", "900", "-c", "3d_fullres")
+    for name in ("Dataset005_Epsilon", "Dataset006_Zeta"):
+        add_low_resolution(world.preprocessed / name / "nnUNetPlans.json")
+    head = {"labels": {"background": 0, "x": 1}, "members": {"5": {"a": "x", "b": "x"}, "6": {"lesion": "x"}}}
+    (tmp_path / "heads.json").write_text(json.dumps({"x": head}))
+    world.plan(
+        "-d", "5", "6", "--joint", "900", "-c", "3d_fullres", "3d_cascade_fullres", "--heads", tmp_path / "heads.json"
+    )
+    output = world.train(
+        900, "Teacher", "-p", "nnUNetKDPlans", configuration="3d_cascade_fullres", fold="all", check=False
+    )
+    assert "NotImplementedError: Dataset005_Epsilon has labels that its shared head 'x' merges" in output
