@@ -344,8 +344,8 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         if changed:
             raise JointDatasetError(
                 f"The checkpoint in {self.output_folder} was trained on other cases of {', '.join(sorted(changed))} "
-                f"than {self.joint.name} has now in fold {self.fold}. Train from the start (without --c or --val), or under "
-                f"another -plans_name."
+                f"than {self.joint.name} has now in fold {self.fold}. Train from the start (without --c or --val), or "
+                f"under another -plans_name."
             )
         self.steps = Counter(extra.get("steps", {}))
 
