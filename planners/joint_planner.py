@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_kd.data.joint import HeadEntry, JointDataset, MemberEntry
@@ -229,10 +230,24 @@ def _check_name(name: str, members: Sequence[str]) -> None:
         raise JointDatasetError("A joint dataset needs at least two members. Give several ids after -d.")
     if len(set(members)) < len(members):
         raise JointDatasetError(f"A member is named twice after -d: {', '.join(members)}.")
+    others = sorted(str(found) for found in find_candidate_datasets(int(name[7:10])) if str(found) != name)
+    if others:
+        raise JointDatasetError(f"The id {name[7:10]} belongs to {', '.join(others)}. Give --joint another id.")
     folder = Path(str(nnUNet_preprocessed)) / name
-    own = [path for path in folder.glob("*.json") if f'"{BLOCK}"' in path.read_text()] if folder.is_dir() else []
-    if folder.is_dir() and any(folder.iterdir()) and not own:
-        raise JointDatasetError(f"{folder} holds a dataset that is not a joint one. Give --joint another id.")
+    raw = Path(str(nnUNet_raw)) / name
+    if raw.is_dir() or (folder.is_dir() and any(folder.iterdir()) and not _is_joint(folder)):
+        raise JointDatasetError(
+            f"{name} is a dataset that is not a joint one ({raw if raw.is_dir() else folder}). Give --joint another id."
+        )
+
+
+def _is_joint(folder: Path) -> bool:
+    """Whether a plans file in ``folder`` describes a joint dataset; members hold plans with our block too."""
+    for file in folder.glob("*.json"):
+        content = json.loads(file.read_text())
+        if isinstance(content, dict) and "members" in content.get(BLOCK, {}):
+            return True
+    return False
 
 
 def _check_segmentation(member: Member) -> None:
