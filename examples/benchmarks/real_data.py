@@ -31,7 +31,8 @@ HIPPOCAMPUS, NODULE, GLIOMA = "Dataset301_Hippocampus", "Dataset302_LIDCNodule",
 MONTGOMERY, SHENZHEN = "Dataset306_CXRMontgomery", "Dataset307_CXRShenzhen"
 MEMORY_TARGET_GB = {"3d_fullres": 0.7, "2d": 0.5}
 BASE_PLANS, SMALL_PLANS = "nnUNetPlansBenchmark", "nnUNetPlansSmall"
-WIDTH, BATCH_SIZE, LABELLED = 0.25, 2, 8
+WIDTH = {"3d_fullres": 0.5, "2d": 0.25}  # of the stock networks, for teachers, controls and students alike
+BATCH_SIZE, LABELLED = 2, 8
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def prepare(root: Path, names: list[str]) -> None:
                 log = root / "logs" / f"prepare_{number}.log"
                 command = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-np", "2", "-npfp", "2"]
                 call([*command, "-gpu_memory_target", target, "-overwrite_plans_name", BASE_PLANS], env, log)
-            write_small_plans(folder)
+            write_small_plans(folder, WIDTH[configuration])
     for name in names:
         scenario = SCENARIOS[name]
         if scenario.teacher_of is not None:
@@ -134,7 +135,7 @@ def prepare(root: Path, names: list[str]) -> None:
         env = environment(root, preprocessed_folder(name), "shared", 2)
         ids = [member[7:10] for member in scenario.members]
         command = ["nnUNetKD_plan_and_preprocess", "-d", *ids, "--joint", joint_id(name), "-p", SMALL_PLANS]
-        command += ["-c", scenario.configuration, "--width", str(WIDTH)]
+        command += ["-c", scenario.configuration, "--width", str(WIDTH[scenario.configuration])]
         call(command, env, root / "logs" / f"joint_{name}.log")
         if scenario.few_labels is not None:
             keep_few_labels(root / preprocessed_folder(name), scenario.few_labels)
@@ -160,15 +161,15 @@ def student_plans(scenario: str) -> str:
     return SMALL_PLANS if SCENARIOS[scenario].student_width == 1 else "nnUNetKDPlansHalf"
 
 
-def write_small_plans(folder: Path) -> None:
-    """The stock plans with quarter width and a batch of 2, which a CPU can train."""
+def write_small_plans(folder: Path, width: float) -> None:
+    """The stock plans with narrow networks and a batch of 2, which a CPU can train."""
     from nnunet_kd.networks.width import scale_width
 
     plans = json.loads((folder / f"{BASE_PLANS}.json").read_text())
     plans["plans_name"] = SMALL_PLANS
     for configuration in plans["configurations"].values():
         if "architecture" in configuration:
-            configuration["architecture"] = scale_width(configuration["architecture"], WIDTH, 8)
+            configuration["architecture"] = scale_width(configuration["architecture"], width, 8)
             configuration["batch_size"] = BATCH_SIZE
     (folder / f"{SMALL_PLANS}.json").write_text(json.dumps(plans, indent=4))
 

@@ -45,7 +45,10 @@ class InputChannelsMixin:
         """Convolve ``image`` [B, len(channels), *S] with the weights of these channels."""
         weight = self.weight  # type: ignore[attr-defined]
         if self.channels is not None:
-            weight = weight[:, list(self.channels)]
+            first, stop = self.channels[0], self.channels[-1] + 1
+            # neighbours are a view; other channels have to be gathered
+            adjacent = self.channels == tuple(range(first, stop))
+            weight = weight[:, first:stop] if adjacent else weight[:, list(self.channels)]
         return self._conv_forward(image, weight, self.bias)  # type: ignore[attr-defined]
 
 

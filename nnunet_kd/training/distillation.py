@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -201,10 +202,16 @@ def common_target(target: Tensor, label_map: LabelMap) -> tuple[Tensor, Tensor |
         return torch.stack(inside, 1), valid
     if label_map.is_identity:
         return labels, valid
-    channel_of_label = torch.zeros(source.num_channels, dtype=torch.long)
+    return _channel_of_label(label_map, labels.device)[labels], valid
+
+
+@cache
+def _channel_of_label(label_map: LabelMap, device: torch.device) -> Tensor:
+    """Common channel of each of the source's labels, copied to the device once."""
+    channels = torch.zeros(label_map.source.num_channels, dtype=torch.long)
     for channel, group in enumerate(label_map.groups):
-        channel_of_label[list(group)] = channel
-    return channel_of_label.to(labels.device)[labels], valid
+        channels[list(group)] = channel
+    return channels.to(device)
 
 
 def projector_name(teacher: str, level: str) -> str:
