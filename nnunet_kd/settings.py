@@ -183,10 +183,18 @@ def parse_settings(values: Mapping[str, Any]) -> Settings:
     Raises:
         SettingsError: Unknown key, wrong type, or value out of range; names the key and what is allowed.
     """
-    values = {key: value for key, value in values.items() if key not in DESCRIPTION_KEYS}
-    settings = _parse(Settings, values, "")
+    settings = check_types(values)
     _check_ranges(settings)
     return settings
+
+
+def check_types(values: Mapping[str, Any]) -> Settings:
+    """Like :func:`parse_settings`, for settings that are not complete yet: keys and types, but no ranges.
+
+    Raises:
+        SettingsError: Unknown key or wrong type; names the key and what is allowed.
+    """
+    return _parse(Settings, {key: value for key, value in values.items() if key not in DESCRIPTION_KEYS}, "")
 
 
 def resolve_settings(*layers: Mapping[str, Any]) -> Settings:

@@ -18,7 +18,15 @@ from torch import nn
 
 from nnunet_kd.networks.adapters import Projector
 from nnunet_kd.networks.taps import find_stage, tap
-from nnunet_kd.settings import BLOCK, DESCRIPTION_KEYS, Settings, merge, read_user_settings, resolve_settings
+from nnunet_kd.settings import (
+    BLOCK,
+    DESCRIPTION_KEYS,
+    Settings,
+    check_types,
+    merge,
+    read_user_settings,
+    resolve_settings,
+)
 from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.spaces.labels import LabelMap
 from nnunet_kd.teachers.discover import discover_joint_teacher, is_wanted
@@ -45,6 +53,7 @@ class nnUNetTrainerKDStudent(KDTrainer):
         """Add the joint teacher that fits, if neither the plans nor the user name a teacher."""
         block = {key: value for key, value in plans.get(BLOCK, {}).items() if key not in DESCRIPTION_KEYS}
         given = merge(block, read_user_settings())
+        check_types(given)
         teachers = given.get("teachers", {})
         preset = self.preset
         if "terms" not in given and len(teachers) == 1:
