@@ -44,12 +44,17 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     num_columns = len(methods) + 2
     figure = Figure(figsize=(2.4 * num_columns + 0.8, 2.5 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), num_columns, squeeze=False, width_ratios=[1.0] * (num_columns - 1) + [1.4])
+    names = list(dict.fromkeys(name for row in rows for name in row.classes))
+    colours = {name: CLASS_COLOURS[number % len(CLASS_COLOURS)] for number, name in enumerate(names)}
     for row, line in zip(rows, axes, strict=True):
         index = best_slice(row.reference, row.classes)
-        _show(line[0], row, index, row.reference, with_legend=True)
+        _show(line[0], row, index, row.reference, colours)
+        for name in row.classes:
+            line[0].plot([], [], color=colours[name], label=name)
+        line[0].legend(loc="lower left", fontsize=6, framealpha=0.6, handlelength=1.2)
         line[0].set_ylabel(f"{row.dataset}\n{row.case}", fontsize=8)
         for axis, method in zip(line[1:], methods, strict=False):
-            _show(axis, row, index, row.predictions[method])
+            _show(axis, row, index, row.predictions[method], colours)
             scores = dice(row.reference, row.predictions[method], list(row.classes.values()), row.ignore_label)
             text = "\n".join(f"{name} {score:.2f}" for name, score in zip(row.classes, scores, strict=True))
             axis.text(0.03, 0.03, text, transform=axis.transAxes, color="white", fontsize=7)
@@ -66,20 +71,29 @@ def best_slice(reference: Segmentation, classes: Mapping[str, Label]) -> int:
     return int(min(present, key=np.sum).argmax()) if present else reference.shape[0] // 2
 
 
-def _show(axis: Axes, row: Row, index: int, segmentation: Segmentation, with_legend: bool = False) -> None:
-    image = row.image[index]
-    low, high = np.percentile(row.image, [2, 99.5])
+def grey_window(image: NDArray[Any], reference: Segmentation) -> tuple[float, float]:
+    """Intensities shown as black and white: those in a box around the reference's foreground, with some margin.
+
+    Air of -1000 HU would otherwise leave one shade of grey for everything else.
+    """
+    foreground = np.argwhere(reference > 0)
+    box: tuple[slice, ...] = (slice(None),) * image.ndim
+    if foreground.size:
+        first, last = foreground.min(axis=0), foreground.max(axis=0) + 1
+        margin = (last - first + 3) // 4
+        box = tuple(slice(max(0, start), stop) for start, stop in zip(first - margin, last + margin, strict=True))
+    low, high = np.percentile(image[box], [2, 99.5])
+    return float(low), float(max(high, low + 1e-6))
+
+
+def _show(axis: Axes, row: Row, index: int, segmentation: Segmentation, colours: Mapping[str, str]) -> None:
+    low, high = grey_window(row.image, row.reference)
     aspect = row.spacing_mm[1] / row.spacing_mm[2]
-    axis.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="nearest")
-    for number, (name, label) in enumerate(row.classes.items()):
-        colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
-        mask = np.isin(segmentation[index], label)
-        if mask.any() and not mask.all():
-            axis.contour(mask, levels=[0.5], colors=[colour], linewidths=1.2)
-        if with_legend:
-            axis.plot([], [], color=colour, label=name)
-    if with_legend:
-        axis.legend(loc="lower left", fontsize=6, framealpha=0.6, handlelength=1.2)
+    axis.imshow(row.image[index], cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
+    masks = {name: np.isin(segmentation[index], label) for name, label in row.classes.items()}
+    for name in sorted(masks, key=lambda name: -np.count_nonzero(masks[name])):  # the smallest on top
+        if masks[name].any() and not masks[name].all():
+            axis.contour(masks[name], levels=[0.5], colors=[colours[name]], linewidths=1.2)
     axis.set_xticks([])
     axis.set_yticks([])
 

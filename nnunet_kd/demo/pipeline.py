@@ -28,6 +28,8 @@ STUDENT_PLANS = "nnUNetKDPlansDemo"
 # What two CPU cores can train in a minute. A demo is about the way, not about the best network.
 GPU_MEMORY_TARGET_GB = "0.5"
 WIDTH = "0.25"
+# Twice stock nnU-Net's: with a few hundred steps, lesions would be found late or never.
+INITIAL_LR = 0.02
 # Starting worker processes takes longer than the few small cases that they would share.
 NO_WORKERS = ("-npp", "0", "-nps", "0")
 
@@ -93,6 +95,7 @@ class Demo:
                     "num_epochs": settings.num_epochs,
                     "num_iterations_per_epoch": settings.num_iterations,
                     "num_val_iterations_per_epoch": 2,
+                    "initial_lr": INITIAL_LR,
                     "seed": 0,
                 }
             },

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from nnunet_kd.demo.figure import best_slice
+from nnunet_kd.demo.figure import best_slice, grey_window
 from nnunet_kd.demo.pipeline import CONTROL, METHODS, STUDENT, TEACHER, DemoDataset
 from nnunet_kd.demo.report import image_files, report, typical_case
 
@@ -82,3 +82,13 @@ def test_slice_shows_the_smallest_class() -> None:
     reference[3, 2, 2] = 2
     assert best_slice(reference, {"big": 1, "small": 2, "absent": 3}) == 3
     assert best_slice(np.zeros((5, 6, 6)), {"big": 1}) == 2
+
+
+def test_air_does_not_decide_the_grey_values() -> None:
+    image = np.full((10, 40, 40), -1000.0)
+    image[3:7, 12:28, 12:28] = 50
+    image[4:6, 16:24, 16:24] = 120
+    low, high = grey_window(image, (image == 120).astype(int))
+    assert low == 50
+    assert high == 120
+    assert grey_window(image, np.zeros(image.shape, int))[0] == -1000
