@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_kd.data.joint import HeadEntry, JointDataset, MemberEntry
 from nnunet_kd.data.member import Member
 from nnunet_kd.data.splits import join_splits, member_splits, read_groups
+from nnunet_kd.environment import environment
 from nnunet_kd.errors import JointDatasetError, LabelSpaceError
 from nnunet_kd.files import write_json
+from nnunet_kd.planners.members import planning_threads
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.channels import union
 from nnunet_kd.spaces.labels import LabelSpace, member_to_head_map
@@ -208,19 +208,9 @@ def _planner(
         fingerprint = {"median_relative_size_after_cropping": 1.0}
         write_json(Path(folder) / "nnUNet_raw" / name / "dataset.json", dataset_json)
         write_json(Path(folder) / "nnUNet_preprocessed" / name / "dataset_fingerprint.json", fingerprint)
-        # The stock planner takes nnUNet_n_proc_DA as a number of threads and fails with 0.
-        values = {**folders, "nnUNet_n_proc_DA": str(max(1, get_allowed_n_proc_DA()))}
-        before = {variable: os.environ.get(variable) for variable in values}
-        os.environ.update(values)
-        try:
-            arguments = {} if memory is None else {"gpu_memory_target_in_gb": memory}
+        arguments = {} if memory is None else {"gpu_memory_target_in_gb": memory}
+        with environment({**folders, **planning_threads()}):
             yield planner_class(name, **arguments)
-        finally:
-            for variable, value in before.items():
-                if value is None:
-                    del os.environ[variable]
-                else:
-                    os.environ[variable] = value
 
 
 def _check_name(name: str, members: Sequence[str]) -> None:

@@ -16,9 +16,11 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
 )
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_kd.data.member import Member, read_json
+from nnunet_kd.environment import environment
 from nnunet_kd.errors import JointDatasetError
 
 # stock nnU-Net's defaults of nnUNetv2_plan_and_preprocess
@@ -59,6 +61,11 @@ def default_plans_name(planner: type[ExperimentPlanner]) -> str:
     return inspect.signature(planner.__init__).parameters["plans_name"].default
 
 
+def planning_threads() -> dict[str, str]:
+    """Stock planning takes nnUNet_n_proc_DA as a number of threads and fails with 0, which training allows."""
+    return {"nnUNet_n_proc_DA": str(max(1, get_allowed_n_proc_DA()))}
+
+
 def prepare_member(name: str, steps: StockSteps, configurations: Sequence[str]) -> None:
     """Run the stock steps that ``name`` lacks under ``steps.plans_name`` for the data of ``configurations``.
 
@@ -73,12 +80,13 @@ def prepare_member(name: str, steps: StockSteps, configurations: Sequence[str]) 
     if not (base / f"{steps.plans_name}.json").is_file():
         _need_raw(name, f"plan ({steps.plans_name}.json is missing in {base})")
         extract_fingerprint_dataset(dataset_id, num_processes=steps.num_processes_fingerprint, clean=False)
-        plan_experiment_dataset(
-            dataset_id,
-            steps.planner,
-            gpu_memory_target_in_gb=steps.gpu_memory_target,
-            overwrite_plans_name=steps.plans_name,
-        )
+        with environment(planning_threads()):
+            plan_experiment_dataset(
+                dataset_id,
+                steps.planner,
+                gpu_memory_target_in_gb=steps.gpu_memory_target,
+                overwrite_plans_name=steps.plans_name,
+            )
     if steps.preprocess:
         _preprocess(name, steps, configurations)
 

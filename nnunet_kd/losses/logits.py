@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
 
 from nnunet_kd.errors import SettingsError
-from nnunet_kd.losses.base import LogitsLoss, Nonlinearity, require_choice, require_number
+from nnunet_kd.losses.base import LogitsLoss, Nonlinearity, require_choice, require_flag, require_number
 from nnunet_kd.losses.voxels import all_valid, balanced_weights, blank, class_of_voxel, masked_mean
 
 
@@ -26,8 +26,10 @@ class KullbackLeiblerLoss(LogitsLoss):
             structures. "class" is the mean within each class, then over the classes present in the batch; with
             "sigmoid", for each region, the mean inside and the mean outside count the same. The classes are those of
             ``target`` or, without it, the teacher's most probable ones.
+        agreement: Weight every voxel by the probability in [0, 1] that the teacher gives to its label (temperature 1),
+            so that a teacher that misses a structure says nothing about it. Without ``target`` it changes nothing.
 
-    Source: Hinton, Vinyals and Dean, arXiv 1503.02531 (2015), section 2. Sigmoid and "class": our design.
+    Source: Hinton, Vinyals and Dean, arXiv 1503.02531 (2015), section 2. Sigmoid, "class", agreement: our design.
     """
 
     def __init__(
@@ -36,14 +38,19 @@ class KullbackLeiblerLoss(LogitsLoss):
         nonlinearity: Nonlinearity = "softmax",
         temperature: float = 4.0,
         balance: Literal["voxel", "class"] = "voxel",
+        agreement: bool = False,
     ) -> None:
         super().__init__(nonlinearity=nonlinearity, temperature=temperature)
         self.balance = require_choice("balance", balance, ("voxel", "class"))
+        self.agreement = require_flag("agreement", agreement)
 
     def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the divergence, see :class:`KullbackLeiblerLoss`."""
         if self.nonlinearity == "softmax":
             divergence = softmax_divergence(student / self.temperature, teacher / self.temperature)
+            if self.agreement and target is not None:
+                labels = class_of_voxel(target, valid, student.shape[1])
+                divergence = divergence * teacher.softmax(dim=1).gather(1, labels)
             if self.balance == "voxel":
                 loss = masked_mean(divergence, valid)
             else:
@@ -52,6 +59,8 @@ class KullbackLeiblerLoss(LogitsLoss):
                 loss = (divergence * balanced_weights(classes, valid, student.shape[1], divergence.dtype)).sum()
         else:
             divergence = sigmoid_divergence(student / self.temperature, teacher / self.temperature)
+            if self.agreement and target is not None:
+                divergence = divergence * torch.where(target.bool(), teacher, -teacher).sigmoid()
             if self.balance == "voxel":
                 loss = masked_mean(divergence.sum(dim=1, keepdim=True), valid)
             else:

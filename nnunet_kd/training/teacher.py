@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from nnunet_kd.data.joint import JointDataset
 from nnunet_kd.data.joint_network import build_joint_network
 from nnunet_kd.data.loader import JointLoader, MapLabelsTransform, PadToMultipleTransform, member_probabilities
 from nnunet_kd.data.member import Member
+from nnunet_kd.environment import environment
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
 from nnunet_kd.networks.joint import JointUNet
@@ -227,7 +227,7 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         """One stock loader per member behind one joint loader, inside stock nnU-Net's augmenters."""
         training, validation = {}, {}
         num_processes = get_allowed_n_proc_DA()
-        with _environment("nnUNet_n_proc_DA", "0"):  # stock nnU-Net then returns the bare loaders
+        with environment({"nnUNet_n_proc_DA": "0"}):  # stock nnU-Net then returns the bare loaders
             for name in self.members:
                 with self.speaking_for(name):
                     single_training, single_validation = super().get_dataloaders()
@@ -397,16 +397,3 @@ def _disable_gathering(loss: nn.Module) -> None:
     for module in loss.modules():
         if hasattr(module, "ddp"):
             module.ddp = False  # type: ignore[assignment]
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -59,6 +59,43 @@ def test_kl_is_the_mean_over_valid_voxels() -> None:
     assert value.item() == pytest.approx(expected)
 
 
+def test_kl_agreement_weighs_a_voxel_by_the_teachers_probability_of_its_label() -> None:
+    voxels, temperature = Voxels(4), 3.0
+    teacher, student = (softmax(voxels.rows(v) / temperature, axis=1) for v in (voxels.teacher, voxels.student))
+    trusted = softmax(voxels.rows(voxels.teacher), axis=1)
+    labels = voxels.rows(voxels.labels)[:, 0]
+    parts = [p[label] * rel_entr(t, s).sum() for p, label, t, s in zip(trusted, labels, teacher, student, strict=True)]
+    loss = build_loss("logits", "kl", temperature=temperature, agreement=True)
+    value = loss(voxels.student, voxels.teacher, target=voxels.labels, valid=voxels.valid)
+    assert value.item() == pytest.approx(temperature**2 * np.mean(parts))
+    plain = build_loss("logits", "kl", temperature=temperature)(voxels.student, voxels.teacher, valid=voxels.valid)
+    torch.testing.assert_close(loss(voxels.student, voxels.teacher, valid=voxels.valid), plain)
+
+
+def test_kl_agreement_for_regions() -> None:
+    voxels = Voxels(3)
+    teacher, student = (expit(voxels.rows(v)) for v in (voxels.teacher, voxels.student))
+    inside = voxels.rows(voxels.regions)
+    expected = np.mean(
+        [
+            sum((t if i else 1 - t) * bernoulli_divergence(t, s) for t, s, i in zip(*row, strict=True))
+            for row in zip(teacher, student, inside, strict=True)
+        ]
+    )
+    loss = build_loss("logits", "kl", nonlinearity="sigmoid", temperature=1, agreement=True)
+    value = loss(voxels.student, voxels.teacher, target=voxels.regions, valid=voxels.valid)
+    assert value.item() == pytest.approx(expected)
+
+
+def test_kl_agreement_says_nothing_about_a_structure_that_the_teacher_misses() -> None:
+    teacher = torch.tensor([30.0, -30.0]).view(1, 2, 1, 1)
+    student = torch.zeros(1, 2, 1, 1, requires_grad=True)
+    loss = build_loss("logits", "kl", temperature=1, balance="class", agreement=True)
+    loss(student, teacher, target=torch.ones(1, 1, 1, 1, dtype=torch.long)).backward()
+    assert student.grad is not None
+    assert student.grad.abs().max() < 1e-12
+
+
 def test_kl_agrees_with_torch() -> None:
     voxels = Voxels(3)
     rows = [v.movedim(1, -1).reshape(-1, 3).log_softmax(1) for v in (voxels.student, voxels.teacher)]
