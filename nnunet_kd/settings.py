@@ -60,10 +60,17 @@ class Guard:
     ``share``: the gradient of a logit term with respect to the student's output is scaled down to at most this share
     of the supervised gradient; null switches the cap off. ``margin``: the terms of a teacher fade out linearly while
     its Dice on the training batches falls behind the student's by up to this margin; null switches the fading off.
+    ``exponent``: the terms of a teacher are multiplied by its Dice on the training batches to this power; 0 is off.
     """
 
     share: float | None = None
     margin: float | None = None
+    exponent: float = 0.0
+
+    @property
+    def watches_dice(self) -> bool:
+        """Whether the Dice of teacher and student on the training batches is needed."""
+        return self.margin is not None or self.exponent > 0
 
 
 @dataclass(frozen=True)
@@ -283,6 +290,7 @@ def _check_ranges(settings: Settings) -> None:
         "alignment_weight": settings.alignment_weight,
         "guard.share": guard.share,
         "guard.margin": guard.margin,
+        "guard.exponent": guard.exponent,
     }
     for index, term in enumerate(settings.terms):
         where = f"terms[{index}]"

@@ -38,7 +38,7 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from nnunet_kd.cli.env import add_trainers_folder
+from nnunet_kd.environment import add_trainers_folder
 
 Labels = Mapping[str, int | Sequence[int]]
 

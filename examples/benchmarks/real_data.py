@@ -83,7 +83,7 @@ class Run:
 
 def environment(root: Path, preprocessed: str, results: str, threads: int) -> dict[str, str]:
     """Environment of one process."""
-    from nnunet_kd.cli.env import add_trainers_folder
+    from nnunet_kd.environment import add_trainers_folder
 
     return {
         **os.environ,

@@ -61,7 +61,7 @@ class Variant:
 
 def set_environment(workspace: Path, threads: int, compile_network: bool) -> None:
     """Point nnU-Net into ``workspace``; must come before torch and nnU-Net are imported."""
-    from nnunet_kd.cli.env import add_trainers_folder
+    from nnunet_kd.environment import add_trainers_folder
 
     os.environ.update(
         nnUNet_raw=str(workspace / "raw"),

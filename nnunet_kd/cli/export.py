@@ -6,9 +6,9 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from nnunet_kd.cli.env import VARIABLE, add_trainers_folder
 from nnunet_kd.cli.errors import clear_errors
 from nnunet_kd.cli.predict import fold
+from nnunet_kd.environment import TRAINERS_VARIABLE, add_trainers_folder
 
 
 @clear_errors
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--member", default=None, help="Joint teacher: whose images, if several share the head")
     parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
     args = parser.parse_args(arguments)
-    os.environ[VARIABLE] = add_trainers_folder(os.environ.get(VARIABLE, ""))
+    os.environ[TRAINERS_VARIABLE] = add_trainers_folder(os.environ.get(TRAINERS_VARIABLE, ""))
     # imported late, so that --help and errors in the arguments take no seconds
     from nnunet_kd.inference.export import SEEDS, export_model
     from nnunet_kd.inference.trained_model import open_model

@@ -7,8 +7,8 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 
-from nnunet_kd.cli.env import VARIABLE, add_trainers_folder
 from nnunet_kd.cli.errors import clear_errors
+from nnunet_kd.environment import TRAINERS_VARIABLE, add_trainers_folder
 from nnunet_kd.errors import NnUNetKDError
 
 
@@ -16,7 +16,7 @@ from nnunet_kd.errors import NnUNetKDError
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of nnUNetKD_predict."""
     args = _parser().parse_args(arguments)
-    os.environ[VARIABLE] = add_trainers_folder(os.environ.get(VARIABLE, ""))
+    os.environ[TRAINERS_VARIABLE] = add_trainers_folder(os.environ.get(TRAINERS_VARIABLE, ""))
     # imported late, so that --help and errors in the arguments take no seconds
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_kd.cli.env import VARIABLE, add_trainers_folder
 from nnunet_kd.demo.domains import DOMAINS, JOINT_ID, write_domains
 from nnunet_kd.demo.runner import Command, Step, progress, run_steps
+from nnunet_kd.environment import TRAINERS_VARIABLE, add_trainers_folder
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.files import write_json
 from nnunet_kd.settings import ENVIRONMENT_VARIABLE, merge, read_user_settings
@@ -142,7 +142,7 @@ class Demo:
             "nnUNet_raw": str(self.raw),
             "nnUNet_preprocessed": str(self.preprocessed),
             "nnUNet_results": str(self.results),
-            VARIABLE: add_trainers_folder(os.environ.get(VARIABLE, "")),
+            TRAINERS_VARIABLE: add_trainers_folder(os.environ.get(TRAINERS_VARIABLE, "")),
             ENVIRONMENT_VARIABLE: json.dumps(self.kd_settings),
             "nnUNet_compile": "f",
             "nnUNet_n_proc_DA": "1",

@@ -113,6 +113,8 @@ class DistillationLoss(nn.Module):
         supervised = self.supervised(outputs if several else outputs[0], target)
         tapped = dict(zip(self.levels, features, strict=True))
         total = supervised
+        if self.guard.watches_dice:
+            self._update_competence(outputs[0], targets[0])
         for term in self.terms:
             weight = term.weight(self.progress)
             if weight == 0:
@@ -127,12 +129,11 @@ class DistillationLoss(nn.Module):
             else:
                 raw = self._feature_term(term, tapped, targets[0], teacher, label_map)
                 scaled = weight * raw
-            if self.guard.margin is not None and teacher.logits is not None:
-                scaled = scaled * self.competence[term.settings.teacher].factor(self.guard.margin)
+            if self.guard.watches_dice and teacher.logits is not None:
+                competence = self.competence[term.settings.teacher]
+                scaled = scaled * competence.factor(self.guard.margin, self.guard.exponent)
             total = total + scaled
             self.logged[term.name] = (raw.detach(), scaled.detach())
-        if self.guard.margin is not None:
-            self._update_competence(outputs[0], targets[0])
         return total
 
     def _logit_term(

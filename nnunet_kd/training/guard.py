@@ -47,12 +47,17 @@ class Competence:
         student, teacher = (dice * weights).sum(1).unbind(0)
         return student, teacher
 
-    def factor(self, margin: float) -> Tensor | float:
-        """1 while the teacher is as good as the student, falling linearly to 0 where it is ``margin`` behind."""
+    def factor(self, margin: float | None, exponent: float = 0.0) -> Tensor | float:
+        """Trust in [0, 1]: the teacher's Dice to the power of ``exponent``, less while it is behind the student.
+
+        With a ``margin`` it falls linearly to 0 where the teacher is that much behind. The absolute part matters where
+        both are equally poor: there a poor teacher would hold its student on its own level.
+        """
         if self.counts is None:
             return 1.0
         student, teacher = self.dice()
-        return (1 - (student - teacher) / max(margin, SMALL)).clamp(0, 1)
+        trust = teacher**exponent
+        return trust if margin is None else trust * (1 - (student - teacher) / max(margin, SMALL)).clamp(0, 1)
 
 
 def _counts(logits: Tensor, target: Tensor, valid: Tensor | None, regions: bool) -> Tensor:

@@ -182,7 +182,7 @@ class nnUNetTrainerKDStudent(KDTrainer):
             for name, teacher in self.teachers.items():
                 own = [term for term in active if term.teacher == name]
                 if own:
-                    logits = self.settings.guard.margin is not None or any(term.on == "logits" for term in own)
+                    logits = self.settings.guard.watches_dice or any(term.on == "logits" for term in own)
                     loss.teacher_outputs[name] = teacher(batch["data"], want_logits=logits)
         try:
             return super().train_step(batch)

@@ -73,7 +73,7 @@ def test_a_checkout_that_is_not_installed_is_refused_with_the_next_step(
 ) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        env_command.importlib.util, "find_spec", lambda name: None if name.endswith("trainers") else real(name)
+        importlib.util, "find_spec", lambda name: None if name.endswith("trainers") else real(name)
     )
     with pytest.raises(SystemExit) as stopped:
         env_command.main([])

@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 # One line per level; a room may import its own line and the lines before it, but never in a circle.
 LEVELS = (
-    ("errors", "files", "settings", "spaces"),
+    ("errors", "environment", "files", "settings", "spaces"),
     ("losses", "networks", "tasks"),
     ("teachers", "data"),
     ("training", "inference", "evaluation"),
@@ -21,7 +21,7 @@ LEVELS = (
     ("trainers", "planners"),
 )
 LEVEL_OF = {room: number for number, level in enumerate(LEVELS) for room in level}
-WITHOUT_NNUNET = ("errors", "files", "settings", "spaces", "losses", "networks")
+WITHOUT_NNUNET = ("errors", "environment", "files", "settings", "spaces", "losses", "networks")
 MAPPED = ("trainers", "planners")
 
 

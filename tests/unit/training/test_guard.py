@@ -116,3 +116,12 @@ def test_batches_without_any_foreground_do_no_harm() -> None:
     competence.update(one_hot_logits(nothing, 3), one_hot_logits(nothing, 3), nothing, None, False)
     assert [float(value) for value in competence.dice()] == [0, 0]
     assert float(competence.factor(0.1)) == 1
+
+
+def test_factor_of_a_poor_teacher_is_small_even_where_the_student_is_as_poor() -> None:
+    competence = Competence(2)
+    competence.counts = torch.tensor([[[4.0], [6.0], [6.0]], [[4.0], [6.0], [6.0]]])  # Dice 0.4 both
+    assert float(competence.factor(None, 2.0)) == pytest.approx(0.16)
+    assert float(competence.factor(0.1, 2.0)) == pytest.approx(0.16)
+    competence.counts = torch.tensor([[[9.0], [1.0], [1.0]], [[8.0], [2.0], [2.0]]])  # student 0.9, teacher 0.8
+    assert float(competence.factor(0.2, 1.0)) == pytest.approx(0.8 * 0.5)
