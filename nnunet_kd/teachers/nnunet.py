@@ -191,13 +191,15 @@ class NNUNetTeacher:
         """The teacher's network without weights, deep supervision off."""
         trainer = recursive_find_trainer_class_by_name(self.folder.name.split("__")[0])
         num_inputs = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
-        network = trainer.build_network_architecture(
-            self.plans_manager,
-            self.configuration_manager,
-            num_inputs,
-            self.plans_manager.get_label_manager(self.dataset_json).num_segmentation_heads,
-            enable_deep_supervision=False,
-        )
+        # A student must start from the weights and see the batches that its control does, so a teacher draws no numbers.
+        with torch.random.fork_rng(devices=[]):
+            network = trainer.build_network_architecture(
+                self.plans_manager,
+                self.configuration_manager,
+                num_inputs,
+                self.plans_manager.get_label_manager(self.dataset_json).num_segmentation_heads,
+                enable_deep_supervision=False,
+            )
         if isinstance(network, JointUNet) and self.route is not None:
             network.routes[TEACHING] = self.route
             network.select(TEACHING)

@@ -65,7 +65,8 @@ class KDTrainer(nnUNetTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """Stock optimizer; auxiliary modules become a parameter group of their own, clipped like the network."""
         optimizer, scheduler = super().configure_optimizers()
-        self.auxiliary = self.build_auxiliary().to(self.device)
+        with torch.random.fork_rng(devices=[]):  # what is trained beside the network must not change its data
+            self.auxiliary = self.build_auxiliary().to(self.device)
         parameters = list(self.auxiliary.parameters())
         if parameters:
             optimizer.add_param_group({"params": parameters})
