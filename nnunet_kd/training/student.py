@@ -42,9 +42,8 @@ class nnUNetTrainerKDStudent(KDTrainer):
     """Student of multi-dataset cross-domain distillation (arXiv 2605.01563); terms and weights are our choice."""
 
     preset: ClassVar[dict[str, Any]] = {
-        "terms": [
-            {"teacher": "joint", "on": "logits", "loss": "kl", "temperature": 2.0, "weight": 1.0},
-        ],
+        "terms": [{"teacher": "joint", "on": "logits", "loss": "kl", "temperature": 4.0, "weight": 1.0}],
+        "guard": {"share": 0.5, "margin": 0.1, "exponent": 2.0},
     }
 
     # ---- settings ----
