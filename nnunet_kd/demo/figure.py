@@ -72,18 +72,14 @@ def best_slice(reference: Segmentation, classes: Mapping[str, Label]) -> int:
 
 
 def grey_window(image: NDArray[Any], reference: Segmentation) -> tuple[float, float]:
-    """Intensities shown as black and white: those in a box around the reference's foreground, with some margin.
+    """Intensities shown as black and white: the range of the reference's foreground, widened mostly downwards.
 
     Air of -1000 HU would otherwise leave one shade of grey for everything else.
     """
-    foreground = np.argwhere(reference > 0)
-    box: tuple[slice, ...] = (slice(None),) * image.ndim
-    if foreground.size:
-        first, last = foreground.min(axis=0), foreground.max(axis=0) + 1
-        margin = (last - first + 3) // 4
-        box = tuple(slice(max(0, start), stop) for start, stop in zip(first - margin, last + margin, strict=True))
-    low, high = np.percentile(image[box], [2, 99.5])
-    return float(low), float(max(high, low + 1e-6))
+    shown = image[reference > 0] if (reference > 0).any() else image
+    low, high = (float(value) for value in np.percentile(shown, [1, 99]))
+    width = max(high - low, 1e-6)
+    return low - width, high + 0.25 * width
 
 
 def _show(axis: Axes, row: Row, index: int, segmentation: Segmentation, colours: Mapping[str, str]) -> None:

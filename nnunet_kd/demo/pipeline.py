@@ -148,11 +148,16 @@ class Demo:
             "nnUNet_n_proc_DA": "1",
             # Each worker process imports nnU-Net first, which takes longer than all of its work here.
             "nnUNet_def_n_proc": "1",
-            # Two trainings share the cores: waiting threads must not spin, or both get several times slower.
+            # Two trainings share the cores. On such small images a second thread costs more than it brings; and threads
+            # that wait must not spin, or both trainings get several times slower.
+            "OMP_NUM_THREADS": str(self._num_threads()),
             "OMP_WAIT_POLICY": "PASSIVE",
             "MPLBACKEND": "Agg",
             "PYTHONUNBUFFERED": "1",
         }
+
+    def _num_threads(self) -> int:
+        return 1 if self.settings.raw is None else max(1, (os.cpu_count() or 1) // 2)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
