@@ -43,7 +43,7 @@ class nnUNetTrainerKDStudent(KDTrainer):
 
     preset: ClassVar[dict[str, Any]] = {
         "terms": [{"teacher": "joint", "on": "logits", "loss": "kl", "temperature": 4.0, "weight": 1.0}],
-        "guard": {"share": 0.5, "margin": 0.1, "exponent": 2.0},
+        "guard": {"share": 0.5, "margin": 0.1, "exponent": 4.0},
     }
 
     # ---- settings ----
