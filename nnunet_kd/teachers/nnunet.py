@@ -191,7 +191,7 @@ class NNUNetTeacher:
         """The teacher's network without weights, deep supervision off."""
         trainer = recursive_find_trainer_class_by_name(self.folder.name.split("__")[0])
         num_inputs = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
-        # A student must start from the weights and see the batches that its control does, so a teacher draws no numbers.
+        # A student starts from the weights and sees the batches of its control, so a teacher must draw no numbers.
         with torch.random.fork_rng(devices=[]):
             network = trainer.build_network_architecture(
                 self.plans_manager,
