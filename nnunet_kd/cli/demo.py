@@ -14,8 +14,8 @@ from nnunet_kd.demo.pipeline import Demo, DemoSettings
 from nnunet_kd.demo.runner import progress
 from nnunet_kd.errors import NnUNetKDError
 
-NUM_EPOCHS = 8
-NUM_ITERATIONS = 25
+NUM_EPOCHS = 6
+NUM_ITERATIONS = 32
 
 
 @clear_errors
