@@ -29,7 +29,7 @@ BLOCK = "nnunet_kd"
 
 @dataclass(frozen=True)
 class Training:
-    """The budget. Defaults are stock nnU-Net's."""
+    """The budget. Defaults are stock nnU-Net's. ``num_threads``: of torch on a CPU; null takes all, as nnU-Net does."""
 
     num_epochs: int = 1000
     num_iterations_per_epoch: int = 250
@@ -39,6 +39,7 @@ class Training:
     oversample_foreground_percent: float = 0.33
     seed: int | None = None
     save_every: int = 50
+    num_threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,7 @@ def _check_ranges(settings: Settings) -> None:
         "training.num_val_iterations_per_epoch": training.num_val_iterations_per_epoch,
         "training.initial_lr": training.initial_lr,
         "training.save_every": training.save_every,
+        "training.num_threads": 1 if training.num_threads is None else training.num_threads,
     }
     for key, value in positive.items():
         if value <= 0:

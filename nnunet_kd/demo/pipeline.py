@@ -97,6 +97,7 @@ class Demo:
                     "num_val_iterations_per_epoch": 2,
                     "initial_lr": INITIAL_LR,
                     "seed": 0,
+                    "num_threads": 1,  # two trainings run side by side
                 }
             },
         )

@@ -52,6 +52,8 @@ class KDTrainer(nnUNetTrainer):
         self.weight_decay = training.weight_decay
         self.oversample_foreground_percent = training.oversample_foreground_percent
         self.save_every = training.save_every
+        if self.device.type == "cpu" and training.num_threads is not None:
+            torch.set_num_threads(training.num_threads)
 
     def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
         """Merge preset, plans block and user settings. Trainers with more layers override this."""
@@ -150,11 +152,11 @@ def _clip(parameters: list[nn.Parameter]) -> None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """Human-readable differences of two settings, without those that only say when to save."""
+    """Human-readable differences of two settings, without those that the result does not depend on."""
     result = []
     for key in sorted({*before, *now}):
         name = f"{where}.{key}" if where else key
-        if name == "training.save_every" or before.get(key) == now.get(key):
+        if name in ("training.save_every", "training.num_threads") or before.get(key) == now.get(key):
             continue
         if isinstance(before.get(key), dict) and isinstance(now.get(key), dict):
             result += _differences(before[key], now[key], name)

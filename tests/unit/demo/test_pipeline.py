@@ -80,6 +80,7 @@ def test_budget_reaches_all_trainings(tmp_path: Path, monkeypatch: pytest.Monkey
         "num_val_iterations_per_epoch": 2,
         "initial_lr": 0.02,
         "seed": 0,
+        "num_threads": 1,
     }
     assert settings["sampling_exponent"] == 0.0
 
