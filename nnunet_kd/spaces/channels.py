@@ -1,12 +1,10 @@
-"""The channel space: the union of the members' image channels, into which every member's image is placed."""
+"""The channel space: the union of the members' image channels, in which every member's image has its place."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from nnunet_kd.errors import JointDatasetError
 
@@ -30,27 +28,6 @@ class ChannelSpace:
                 f"dataset again with every member that has this channel."
             )
         return tuple(self.names.index(name) for name in names)
-
-    def place(self, image: Tensor, indices: Sequence[int]) -> Tensor:
-        """Place a member's image into this space; channels that it lacks are zero.
-
-        Args:
-            image: [B, member's channels, *S].
-            indices: Position of each of the member's channels, from :meth:`indices`.
-
-        Returns:
-            [B, channels of this space, *S]; ``image`` itself where it already has these channels in this order.
-
-        Raises:
-            ValueError: The image has another number of channels than ``indices``.
-        """
-        if image.shape[1] != len(indices):
-            raise ValueError(f"the image has {image.shape[1]} channels, but {len(indices)} indices were given")
-        if tuple(indices) == tuple(range(len(self.names))):
-            return image
-        placed = image.new_zeros((image.shape[0], len(self.names), *image.shape[2:]))
-        placed[:, list(indices)] = image
-        return placed
 
 
 def union(members: Mapping[str, Sequence[str]]) -> ChannelSpace:
