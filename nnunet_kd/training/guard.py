@@ -61,21 +61,21 @@ class Competence:
 
 
 def _counts(logits: Tensor, target: Tensor, valid: Tensor | None, regions: bool) -> Tensor:
-    """True positives, false positives, false negatives per foreground channel: [3, C]."""
-    num_channels = logits.shape[1]
+    """True positives, false positives, false negatives per foreground channel: [3, C].
+
+    Where two classes are equally probable both are predicted. Written for speed: on a CPU argmax over the channels and
+    sums of booleans take ten times as long as the rest.
+    """
     if regions:
-        predicted = logits > 0
-        inside = target.bool()
-        counted = torch.ones_like(inside[:, :1]) if valid is None else valid
-        axes = [0, *range(2, logits.ndim)]
-        tp = (predicted & inside & counted).sum(axes)
-        fp = (predicted & ~inside & counted).sum(axes)
-        fn = (~predicted & inside & counted).sum(axes)
-        return torch.stack([tp, fp, fn]).float()
-    pairs = target[:, 0] * num_channels + logits.argmax(1)
-    ones = torch.ones_like(pairs, dtype=torch.float32) if valid is None else valid[:, 0].float()
-    confusion = torch.zeros(num_channels**2, device=logits.device)
-    confusion.scatter_add_(0, pairs.flatten(), ones.flatten())
-    confusion = confusion.view(num_channels, num_channels)
-    tp = confusion.diagonal()
-    return torch.stack([tp, confusion.sum(0) - tp, confusion.sum(1) - tp])[:, 1:]
+        predicted, inside = logits > 0, target.bool()
+    else:
+        shape = (1, -1, *[1] * (logits.ndim - 2))
+        logits, best = logits[:, 1:], logits.amax(1, keepdim=True)
+        classes = torch.arange(1, logits.shape[1] + 1, device=logits.device).view(shape)
+        predicted, inside = logits == best, target == classes
+    if valid is not None:
+        predicted, inside = predicted & valid, inside & valid
+    tp, num_predicted, num_inside = (
+        mask.flatten(2).count_nonzero((0, 2)) for mask in (predicted & inside, predicted, inside)
+    )
+    return torch.stack([tp, num_predicted - tp, num_inside - tp]).float()
