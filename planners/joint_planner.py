@@ -93,6 +93,7 @@ def plan_joint(
     entries = {
         m: MemberEntry(
             plans=members_plans,
+            description={"plans": view.plans, "dataset_json": view.dataset_json},
             channel_names=list(view.channel_names),
             head=head_of[m],
             previous_stage_labels=[int(label) for label in view.label_manager.foreground_labels],

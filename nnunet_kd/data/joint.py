@@ -23,19 +23,21 @@ from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.channels import ChannelSpace
 from nnunet_kd.spaces.labels import LabelMap, LabelSpace, member_to_head_map
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class MemberEntry:
     """A member as the joint plans know it.
 
-    ``labels`` and ``channel_names`` are kept so that the joint network can be built where the member's dataset is not.
-    ``previous_stage_labels``: foreground labels that a cascade puts into the input as one-hot channels.
+    ``description``: the member's ``plans`` and ``dataset_json``, so that a trained teacher predicts and teaches where
+    the member's dataset is not. ``previous_stage_labels``: foreground labels that a cascade puts into the input as
+    one-hot channels.
     ``batch_sizes`` and ``state``: per configuration.
     """
 
     plans: str
+    description: dict[str, Any]
     channel_names: list[str]
     head: str
     previous_stage_labels: list[int]
@@ -91,6 +93,11 @@ class JointDataset:
                 f"The joint plans of {plans.get('dataset_name')} have version {block['version']}, this nnunet_kd reads "
                 f"up to {VERSION}. Update nnunet_kd."
             )
+        if block.get("version", 0) < VERSION:
+            raise JointDatasetError(
+                f"The joint plans of {plans.get('dataset_name')} were made by an older nnunet_kd. Run again: "
+                f"nnUNetKD_plan_and_preprocess -d ID ID ... --joint {plans.get('dataset_name', '')[7:10]}"
+            )
         return cls(
             name=plans["dataset_name"],
             channels=ChannelSpace(tuple(block["channels"])),
@@ -108,8 +115,12 @@ class JointDataset:
         }
 
     def member(self, name: str, configuration: str) -> Member:
-        """The member's stock view for one configuration."""
+        """The member's stock view for one configuration, as its dataset's folder is now."""
         return Member(name, self.members[name].plans, configuration)
+
+    def recorded_member(self, name: str, configuration: str) -> Member:
+        """The same as it was when the teacher was planned; nothing is read from the dataset's folder."""
+        return Member(name, self.members[name].plans, configuration, self.members[name].description)
 
     @property
     def num_head_channels(self) -> int:
@@ -150,7 +161,7 @@ class JointDataset:
         entry = self.members[member]
         if entry.label_map is None:
             return None
-        own = self.member(member, "2d").label_space
+        own = self.recorded_member(member, "").label_space
         return member_to_head_map(own, self.heads[entry.head].label_space, entry.label_map)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,11 +55,15 @@ def read_json(path: Path, what_to_do: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Member:
-    """One dataset under one plans file and one configuration. Everything is read when first asked for."""
+    """One dataset under one plans file and one configuration. Everything is read when first asked for.
+
+    ``description`` holds ``plans`` and ``dataset_json`` as recorded; None reads them from the dataset's folder.
+    """
 
     name: str
     plans_name: str
     configuration: str
+    description: Mapping[str, Any] | None = None
 
     @property
     def base_folder(self) -> Path:
@@ -68,6 +73,8 @@ class Member:
     @cached_property
     def plans(self) -> dict[str, Any]:
         """The plans as plain JSON types."""
+        if self.description is not None:
+            return self.description["plans"]
         command = f"Run: nnUNetv2_plan_and_preprocess -d {self.name[7:10]}"
         return read_json(self.base_folder / f"{self.plans_name}.json", command)
 
@@ -94,6 +101,8 @@ class Member:
     @cached_property
     def dataset_json(self) -> dict[str, Any]:
         """The dataset.json beside the plans."""
+        if self.description is not None:
+            return self.description["dataset_json"]
         command = f"Run: nnUNetv2_plan_and_preprocess -d {self.name[7:10]}"
         return read_json(self.base_folder / "dataset.json", command)
 
@@ -141,19 +150,13 @@ class Member:
         """The dataset's own splits_final.json."""
         return self.base_folder / "splits_final.json"
 
-    def description_state(self) -> dict[str, str]:
-        """Short hashes of what prediction depends on, which needs no preprocessed case: plans, dataset.json."""
+    def state(self) -> dict[str, str]:
+        """Short hashes of everything that joint plans depend on: plans, dataset.json, cases, splits."""
         plans = {key: value for key, value in self.plans.items() if key != "configurations"}
+        splits = json.loads(self.splits_file.read_text()) if self.splits_file.is_file() else None
         return {
             "plans": _hash([plans, self.configuration_manager.configuration]),
             "dataset.json": _hash([self.dataset_json["labels"], list(self.channel_names)]),
-        }
-
-    def state(self) -> dict[str, str]:
-        """Short hashes of everything that joint plans depend on: plans, dataset.json, cases, splits."""
-        splits = json.loads(self.splits_file.read_text()) if self.splits_file.is_file() else None
-        return {
-            **self.description_state(),
             "cases": _hash(list(self.identifiers)),
             "splits": _hash(splits),
         }

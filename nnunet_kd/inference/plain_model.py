@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nnunet_kd.data.joint import JointDataset
 from nnunet_kd.data.member import Member
-from nnunet_kd.errors import JointDatasetError, NnUNetKDError
+from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.inference.trained_model import Fold, TrainedModel
 from nnunet_kd.networks.joint import Route, input_convolution
 from nnunet_kd.settings import BLOCK
@@ -120,14 +120,12 @@ def plain_member_model(model: TrainedModel, member_name: str) -> PlainModel:
     patch itself becomes that large and is filled with image instead.
 
     Raises:
-        JointDatasetError: The member's plans or dataset.json are missing or not those that the teacher was planned for.
         NotImplementedError: A cascade with a shared head.
     """
     joint = model.joint
     assert joint is not None
     weights, configuration, _, mirroring_axes = _load(model)
-    member = joint.member(member_name, configuration)
-    _check_unchanged(joint, member)
+    member = joint.recorded_member(member_name, configuration)
     teacher = PlansManager(model.plans).get_configuration(configuration)
     cascaded = teacher.previous_stage_name is not None
     plans = _member_plans(member, teacher)
@@ -214,25 +212,6 @@ def slice_weights(weights: Mapping[str, Tensor], network: nn.Module, route: Rout
 def without_block(description: Mapping[str, Any]) -> dict[str, Any]:
     """Plans or dataset.json without our block."""
     return {key: copy.deepcopy(value) for key, value in description.items() if key != BLOCK}
-
-
-def _check_unchanged(joint: JointDataset, member: Member) -> None:
-    """Other plans than those of the training would give wrong predictions without any sign of it."""
-    try:
-        now = member.description_state()
-    except JointDatasetError as error:
-        raise JointDatasetError(
-            f"Predicting {member.name} needs its plans, with which its images are preprocessed, and its dataset.json, "
-            f"which are not in the teacher's model folder. {error} Or run nnUNetKD_export --head {member.name} where "
-            f"they are; the exported folder needs nothing else."
-        ) from error
-    recorded = joint.members[member.name].state.get(member.configuration, {})
-    changed = [part for part, value in now.items() if recorded.get(part) != value]
-    if changed:
-        raise JointDatasetError(
-            f"{member.name} has other {' and '.join(changed)} in {member.base_folder} than when the teacher was "
-            f"planned. Predictions would be wrong. Restore them, or plan {joint.name} again and train a new teacher."
-        )
 
 
 def _member_plans(member: Member, teacher: ConfigurationManager) -> dict[str, Any]:

@@ -22,7 +22,6 @@ def initialize_predictor(
 
     Raises:
         NnUNetKDError: The head is missing, unknown, ambiguous, or given for a model that has none.
-        JointDatasetError: The member's plans are missing or others than those of the training.
         TeacherError: A checkpoint cannot be read.
     """
     joint = model.joint

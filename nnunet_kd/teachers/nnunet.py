@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nnunet_kd.data.joint import JointDataset
 from nnunet_kd.data.splits import fold_cases
-from nnunet_kd.errors import JointDatasetError, LabelSpaceError, LeakageError, TeacherError
+from nnunet_kd.errors import LabelSpaceError, LeakageError, TeacherError
 from nnunet_kd.networks.joint import JointUNet, Route, crop, pad_to_multiple
 from nnunet_kd.networks.taps import Stage, encoder_strides, find_stage, forward_unet
 from nnunet_kd.settings import BLOCK
@@ -142,13 +142,10 @@ class NNUNetTeacher:
         routes = joint.routes(cascaded=self.configuration_manager.previous_stage_name is not None)
         out = next(routes[m] for m, entry in joint.members.items() if entry.head == head_name)
         self.route = Route(routes[speaker].channels, out.start, out.stop)
-        member = joint.member(speaker, self.configuration_name)
-        try:
-            mapping = self._input_map(
-                member.plans_manager, member.configuration_manager, joint.members[speaker].channel_names
-            )
-        except JointDatasetError as error:
-            raise TeacherError(f"Teacher '{self.name}' needs the plans of its member {speaker}. {error}") from error
+        member = joint.recorded_member(speaker, self.configuration_name)
+        mapping = self._input_map(
+            member.plans_manager, member.configuration_manager, joint.members[speaker].channel_names
+        )
         added = len(self.route.channels) - len(mapping.channels)
         if added:
             if self.student.num_previous_stage_channels != added or speaker != dataset:

@@ -35,7 +35,7 @@ from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
 from nnunet_kd.networks.joint import JointUNet
 from nnunet_kd.networks.taps import find_stage
-from nnunet_kd.settings import Settings
+from nnunet_kd.settings import BLOCK, Settings
 from nnunet_kd.training.alignment import AlignedLoss, MemberClassifier
 from nnunet_kd.training.base import KDTrainer
 from nnunet_kd.training.joint_segmentations import write_joint_segmentations
@@ -257,6 +257,12 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         return augmenters[0], augmenters[1]
 
     # ---- training -------------------------------------------------------------------------------------------------
+
+    def print_plans(self) -> None:
+        """Stock log of the plans without our block, which holds the members' plans."""
+        plans = {key: value for key, value in self.plans_manager.plans.items() if key != BLOCK}
+        with self._attributes(plans_manager=PlansManager(plans)):
+            super().print_plans()
 
     def on_train_start(self) -> None:
         """Start as stock nnU-Net does and say how often each member is drawn."""

@@ -59,8 +59,8 @@ def trained(nnunet_dirs: Any, make_dataset: Callable[..., Path], run_command: Ca
     make_dataset(nnunet_dirs.raw, 2, "Beta", channels=("T2",), **SMALL)
     environment = {**nnunet_dirs.environment, "nnUNetKD_settings": json.dumps(ONE_STEP)}
 
-    def run(*args: str | Path) -> Any:
-        return run_command(args, environment)
+    def run(*args: str | Path, **variables: str) -> Any:
+        return run_command(args, {**environment, **variables})
 
     run("nnUNetKD_plan_and_preprocess", "-d", "2", "1", "--joint", "900", "-c", "2d", "-np", "1", "-npfp", "1")
     run("nnUNetv2_train", "900", "2d", "0", "-tr", "nnUNetTrainerKDTeacher", "-p", "nnUNetKDPlans", "-device", "cpu")
@@ -117,6 +117,7 @@ def test_exports_predict_the_same_files_without_nnunet_kd(
     head = ["--head", "Dataset001_Alpha"]
     result = run("nnUNetKD_export", "-m", trained.student, "-o", tmp_path / "student")
     assert "fold 0: identical logits" in result.stdout
+    elsewhere = str(tmp_path / "elsewhere")  # a teacher predicts without its members
     result = run("nnUNetKD_export", "-m", trained.teacher, "-o", tmp_path / "head", *head)
     assert "fold 0: " in result.stdout
     check_vanilla(tmp_path / "student")
@@ -125,7 +126,7 @@ def test_exports_predict_the_same_files_without_nnunet_kd(
     run("nnUNetv2_predict", "-d", "1", "-c", "2d", "-f", "0", "-tr", "nnUNetTrainerKDStudent", "-i", source,
         "-o", tmp_path / "student_stock", "--save_probabilities", *FLAGS)  # fmt: skip
     run("nnUNetKD_predict", "-m", trained.teacher, *head, "-i", source,
-        "-o", tmp_path / "head_ours", "--save_probabilities", *FLAGS)  # fmt: skip
+        "-o", tmp_path / "head_ours", "--save_probabilities", *FLAGS, nnUNet_preprocessed=elsewhere)  # fmt: skip
     in_process(predict_command, "-m", trained.student, "-i", source, "-o", tmp_path / "student_ours",
                "--save_probabilities", *FLAGS)  # fmt: skip
     run(sys.executable, "-c", STOCK_ONLY, tmp_path / "student", source, tmp_path / "student_exported",

@@ -389,6 +389,20 @@ def test_shared_head(trained: Any, tmp_path: Path) -> None:
     assert student["network_weights"]["decoder.seg_layers.0.weight"].shape[0] == 3
     assert student["logging"]["joint.logits.kl"][0] > 0
 
+    case = next((fold / GAMMA / "validation").glob("*.nii.gz"))
+    source = tmp_path / "images"
+    source.mkdir()
+    for image in (trained.raw / GAMMA / "imagesTr").glob(f"{case.name.split('.')[0]}_*"):
+        (source / image.name).symlink_to(image)
+    common = ["-m", fold.parent, "--head", "tumour", "--member", "3"]
+    trained.run("nnUNetKD_predict", *common, "-i", source, "-o", tmp_path / "out", "-device", "cpu",
+                "-npp", "0", "-nps", "0")  # fmt: skip
+    files = (tmp_path / "out" / case.name, case)
+    predicted, validated = (sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in files)
+    np.testing.assert_array_equal(predicted, validated > 0)  # the validation shows the head as the member's first label
+    trained.run("nnUNetKD_export", *common, "-o", tmp_path / "export")
+    assert read(tmp_path / "export" / "dataset.json")["labels"]["tumour"] == 1
+
 
 # --- cascade ----------------------------------------------------------------------------------------------------------
 def add_low_resolution(plans_file: Path) -> None:

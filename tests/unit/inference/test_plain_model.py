@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from torch import nn
 
 from nnunet_kd.data.joint import HeadEntry, JointDataset, MemberEntry
 from nnunet_kd.data.joint_network import build_joint_network
-from nnunet_kd.data.member import Member
-from nnunet_kd.errors import JointDatasetError, NnUNetKDError
+from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.inference.export import export_model, largest_difference
 from nnunet_kd.inference.plain_model import choose_member, plain_member_model, slice_weights
 from nnunet_kd.inference.trained_model import open_model
@@ -144,11 +144,14 @@ def teacher_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         own = name == "Dataset001_Own"
         entries[name] = MemberEntry(
             plans="nnUNetPlans",
+            description={
+                "plans": plans_of(name, patch_size, 4),
+                "dataset_json": json.loads((folder / "dataset.json").read_text()),
+            },
             channel_names=channels,
             head=name if own else "mass",
             previous_stage_labels=[],
             label_map=None if own else {next(label for label, value in labels.items() if value == 1): "mass"},
-            state={"2d": Member(name, "nnUNetPlans", "2d").description_state()},
         )
     heads = {"mass": HeadEntry(SHARED), "Dataset001_Own": HeadEntry(MEMBERS["Dataset001_Own"][1])}
     joint = JointDataset("Dataset900_Joint", ChannelSpace(("T1", "T2")), entries, heads)
@@ -228,17 +231,17 @@ def test_wrong_weights_are_noticed_and_nothing_is_left(
     assert {path.name for path in tmp_path.iterdir()} == {"preprocessed", "results"}
 
 
-def test_replanned_or_missing_members_are_refused(teacher_folder: Path, tmp_path: Path) -> None:
+def test_a_teacher_needs_nothing_of_its_members_folders(teacher_folder: Path, tmp_path: Path) -> None:
     model = open_model(teacher_folder)
     plans_file = tmp_path / "preprocessed" / "Dataset001_Own" / "nnUNetPlans.json"
     plans = json.loads(plans_file.read_text())
-    plans["configurations"]["2d"]["spacing"] = [1.0, 1.0]
+    plans["configurations"]["2d"]["spacing"] = [1.0, 1.0]  # planned again after the teacher was trained
     plans_file.write_text(json.dumps(plans))
-    with pytest.raises(JointDatasetError, match="Dataset001_Own has other plans"):
-        plain_member_model(model, "Dataset001_Own")
-    plans_file.unlink()
-    with pytest.raises(JointDatasetError, match="nnUNetKD_export --head Dataset001_Own"):
-        plain_member_model(model, "Dataset001_Own")
+    before = plain_member_model(model, "Dataset001_Own")
+    assert before.plans["configurations"]["2d"]["spacing"] == [1.0, 2.0]
+    shutil.rmtree(tmp_path / "preprocessed")
+    after = plain_member_model(model, "Dataset001_Own")
+    assert (after.plans, after.dataset_json) == (before.plans, before.dataset_json)
 
 
 def test_networks_that_stock_nnunet_does_not_build_are_refused(teacher_folder: Path, tmp_path: Path) -> None:
