@@ -114,6 +114,26 @@ class JointDataset:
             "heads": {name: asdict(entry) for name, entry in self.heads.items()},
         }
 
+    def signature(self, configuration: str) -> dict[str, Any]:
+        """What the weights of a trained network mean: equal signatures read the same channels and heads from them.
+
+        Cases, splits and batch sizes may differ: a checkpoint records the cases that it was trained on.
+        """
+        return {
+            "channels": list(self.channels.names),
+            "heads": [[name, asdict(head)] for name, head in self.heads.items()],
+            "members": {
+                name: {
+                    "head": entry.head,
+                    "channel_names": list(entry.channel_names),
+                    "previous_stage_labels": list(entry.previous_stage_labels),
+                    "label_map": entry.label_map,
+                    **{part: entry.state.get(configuration, {}).get(part) for part in ("plans", "dataset.json")},
+                }
+                for name, entry in sorted(self.members.items())
+            },
+        }
+
     def member(self, name: str, configuration: str) -> Member:
         """The member's stock view for one configuration, as its dataset's folder is now."""
         return Member(name, self.members[name].plans, configuration)
