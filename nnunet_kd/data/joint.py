@@ -122,16 +122,17 @@ class JointDataset:
         return {
             "channels": list(self.channels.names),
             "heads": [[name, asdict(head)] for name, head in self.heads.items()],
-            "members": {
-                name: {
+            "members": [
+                {
+                    "name": name,
                     "head": entry.head,
                     "channel_names": list(entry.channel_names),
                     "previous_stage_labels": list(entry.previous_stage_labels),
                     "label_map": entry.label_map,
                     **{part: entry.state.get(configuration, {}).get(part) for part in ("plans", "dataset.json")},
                 }
-                for name, entry in sorted(self.members.items())
-            },
+                for name, entry in self.members.items()
+            ],
         }
 
     def member(self, name: str, configuration: str) -> Member:

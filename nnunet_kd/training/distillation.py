@@ -17,7 +17,7 @@ from nnunet_kd.losses.schedules import schedule_weight
 from nnunet_kd.settings import Guard, Settings, Term
 from nnunet_kd.spaces.labels import LabelMap
 from nnunet_kd.teachers.output import TeacherOutput
-from nnunet_kd.training.guard import Competence, gradient_share
+from nnunet_kd.training.guard import CarriedGradient, Competence, gradient_share, gradients_of
 
 
 @dataclass
@@ -105,36 +105,44 @@ class DistillationLoss(nn.Module):
     def forward(self, output: Any, target: Any) -> Tensor:
         """``output`` is the network's: outputs alone, or outputs and the tapped features while training."""
         outputs, features = output if _has_features(output) else (output, [])
+        several = isinstance(target, (list, tuple))
+        targets = list(target) if several else [target]
+        outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
         if not self.teacher_outputs:
-            return self.supervised(outputs, target)
-        several = isinstance(target, list)
-        outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
-        targets = target if several else [target]
-        supervised = self.supervised(outputs if several else outputs[0], target)
+            return self.supervised(outputs if several else outputs[0], target)
+        copies = [o.detach().to(torch.promote_types(o.dtype, torch.float32)).requires_grad_() for o in outputs]
+        supervised = self.supervised(copies if several else copies[0], target)
+        gradients = gradients_of(supervised, copies)
+        of_supervised = gradients[0]
+        value = supervised.detach()
+        of_features = []
         tapped = dict(zip(self.levels, features, strict=True))
-        total = supervised
         if self.guard.watches_dice:
-            self._update_competence(outputs[0], targets[0])
+            self._update_competence(copies[0], targets[0])
         for term in self.terms:
             weight = term.weight(self.progress)
             if weight == 0:
                 continue
             teacher = self.teacher_outputs[term.settings.teacher]
             label_map = self.student_maps[term.settings.teacher]
-            if term.settings.on == "logits":
-                raw = self._logit_term(term, outputs, targets, teacher, label_map)
-                scaled = weight * raw
-                if self.guard.share is not None:
-                    scaled = scaled * gradient_share(supervised, scaled, outputs[0], self.guard.share)
-            else:
-                raw = self._feature_term(term, tapped, targets[0], teacher, label_map)
-                scaled = weight * raw
+            trust: Tensor | float = 1.0
             if self.guard.watches_dice and teacher.logits is not None:
-                competence = self.competence[term.settings.teacher]
-                scaled = scaled * competence.factor(self.guard.margin, self.guard.exponent)
-            total = total + scaled
+                trust = self.competence[term.settings.teacher].factor(self.guard.margin, self.guard.exponent)
+            if term.settings.on == "features":
+                raw = self._feature_term(term, tapped, targets[0], teacher, label_map)
+                scaled = trust * weight * raw
+                of_features.append(scaled)
+            else:
+                raw = self._logit_term(term, copies, targets, teacher, label_map)
+                own = gradients_of(weight * raw, copies)
+                if self.guard.share is not None and of_supervised is not None and own[0] is not None:
+                    trust = trust * gradient_share(of_supervised, own[0], self.guard.share)
+                scaled = (trust * weight * raw).detach()
+                gradients = [_add(total, more, trust) for total, more in zip(gradients, own, strict=True)]
+                value = value + scaled
             self.logged[term.name] = (raw.detach(), scaled.detach())
-        return total
+        total: Tensor = CarriedGradient.apply(value, gradients, *outputs)
+        return total + sum(of_features)
 
     def _logit_term(
         self,
@@ -218,6 +226,13 @@ def _channel_of_label(label_map: LabelMap, device: torch.device) -> Tensor:
 def projector_name(teacher: str, level: str) -> str:
     """Key of a projector; nn.ModuleDict allows no dots."""
     return f"{teacher} {level}".replace(".", "_")
+
+
+def _add(total: Tensor | None, more: Tensor | None, factor: Tensor | float) -> Tensor | None:
+    """``total`` + ``factor`` * ``more``, where None is 0."""
+    if more is None:
+        return total
+    return factor * more if total is None else total + factor * more
 
 
 def _has_features(output: Any) -> bool:

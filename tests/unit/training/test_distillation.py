@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 
 from nnunet_kd.errors import SettingsError
@@ -265,3 +268,68 @@ def test_loss_that_cannot_do_regions_says_so() -> None:
     settings: Settings = parse_settings({"teachers": {"joint": {}}, "terms": [term(loss="dkd")]})
     with pytest.raises(SettingsError, match=r"terms\[0\].*regions"):
         build_terms(settings, {"joint": True})
+
+
+# --- the guard --------------------------------------------------------------------------------------------------------
+def stock_loss() -> DeepSupervisionWrapper:
+    loss = DC_and_CE_loss(
+        {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, dice_class=MemoryEfficientSoftDiceLoss
+    )
+    return DeepSupervisionWrapper(loss, LEVEL_WEIGHTS)
+
+
+def guarded(guard: Guard) -> DistillationLoss:
+    loss = make_loss([term(weight=3.0)], guard=guard)
+    loss.supervised = stock_loss()
+    logits = 3 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    loss.teacher_outputs = {"joint": TeacherOutput(logits)}
+    return loss
+
+
+def test_guarded_gradient_is_the_sum_with_the_term_held_to_its_share() -> None:
+    loss, outputs, targets = guarded(Guard(share=0.25, margin=None)), make_outputs(), make_targets()
+    loss(outputs, targets).backward()
+    supervised = stock_loss()(outputs, targets)
+    of_supervised = torch.autograd.grad(supervised, outputs[:2], retain_graph=True)
+    raw = loss._logit_term(loss.terms[0], outputs, targets, loss.teacher_outputs["joint"], loss.student_maps["joint"])
+    of_term = torch.autograd.grad(3 * raw, outputs[:2])
+    share = 0.25 * of_supervised[0].norm() / of_term[0].norm()
+    assert share < 1
+    for output, first, second in zip(outputs, of_supervised, of_term, strict=False):
+        torch.testing.assert_close(output.grad, first + share * second)
+    assert outputs[2].grad is None
+    torch.testing.assert_close(loss.logged["joint.logits.kl"][1], share * 3 * raw.detach())
+
+
+def test_half_precision_outputs_get_the_gradients_of_single_precision() -> None:
+    """A student that is sure, on a large patch: its gradients are below what float16 can hold before it is scaled."""
+    torch.manual_seed(0)
+    target = torch.zeros(1, 1, 256, 256)
+    target[..., 100:120, 100:120] = 1
+    sure = torch.cat([8 - 16 * target, 16 * target - 8], 1)
+    scale, gradients = 2.0**16, {}
+    for dtype in (torch.float32, torch.float16):
+        output = sure.to(dtype, copy=True).requires_grad_()
+        loss = make_loss([term()], identity(LabelSpace.from_dataset_json({"labels": {"background": 0, "a": 1}})),
+                         guard=Guard(share=0.5, margin=None), level_weights=(1.0,))  # fmt: skip
+        loss.supervised = stock_loss().loss
+        loss.teacher_outputs = {"joint": TeacherOutput(0.5 * sure)}
+        (scale * loss(output, target)).backward()
+        assert output.grad is not None
+        gradients[dtype] = output.grad.float()
+    assert gradients[torch.float32].norm() > 0
+    error = (gradients[torch.float16] - gradients[torch.float32]).norm() / gradients[torch.float32].norm()
+    assert error < 1e-2
+
+
+@pytest.mark.slow
+def test_compiled_dice_after_steps_without_a_teacher() -> None:
+    """nnU-Net compiles its Dice loss; a warm-up leaves the first steps to the supervised loss alone."""
+    loss = guarded(Guard(share=0.5, margin=0.1, exponent=4.0))
+    teacher = dict(loss.teacher_outputs)
+    loss.supervised.loss.dc = torch.compile(loss.supervised.loss.dc)
+    for outputs_of_teacher in ({}, teacher, teacher):
+        loss.teacher_outputs = dict(outputs_of_teacher)
+        outputs = make_outputs()
+        loss(outputs, make_targets()).backward()
+        assert outputs[0].grad is not None

@@ -6,34 +6,35 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnunet_kd.training.guard import COMPETENCE_MOMENTUM, Competence, gradient_share
+from nnunet_kd.training.guard import COMPETENCE_MOMENTUM, CarriedGradient, Competence, gradient_share
 
 
 def test_gradient_share_by_hand() -> None:
-    output = torch.randn(2, 3, 4, 4, requires_grad=True)
     a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    factor = gradient_share((a * output).sum(), (5 * b * output).sum(), output, 0.3)
-    torch.testing.assert_close(factor, 0.3 * a.norm() / (5 * b.norm()))
-    assert not factor.requires_grad
+    torch.testing.assert_close(gradient_share(a, 5 * b, 0.3), 0.3 * a.norm() / (5 * b.norm()))
 
 
 def test_term_that_is_small_enough_is_left_alone() -> None:
-    output = torch.randn(1, 2, 4, 4, requires_grad=True)
-    assert gradient_share(output.sum(), 0.1 * output.sum(), output, 0.5) == 1
+    gradient = torch.randn(1, 2, 4, 4)
+    assert gradient_share(gradient, 0.1 * gradient, 0.5) == 1
 
 
 def test_share_zero_switches_the_term_off_and_a_term_without_gradient_is_harmless() -> None:
-    output = torch.randn(1, 2, 4, 4, requires_grad=True)
-    assert gradient_share(output.sum(), output.sum(), output, 0.0) == 0
-    assert gradient_share(output.sum(), (0 * output).sum(), output, 0.5) == 1
+    gradient = torch.randn(1, 2, 4, 4)
+    assert gradient_share(gradient, gradient, 0.0) == 0
+    assert gradient_share(gradient, 0 * gradient, 0.5) == 1
 
 
-def test_graph_survives() -> None:
-    output = torch.randn(1, 2, 4, 4, requires_grad=True)
-    supervised, term = output.square().sum(), output.exp().sum()
-    factor = gradient_share(supervised, term, output, 0.5)
-    (supervised + factor * term).backward()
-    torch.testing.assert_close(output.grad, 2 * output.detach() + factor * output.detach().exp())
+def test_gradients_are_carried_to_the_outputs() -> None:
+    outputs = [torch.randn(1, 2, 4, 4, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float16)]
+    unused = torch.randn(3, requires_grad=True)
+    gradients = [torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4), None]
+    value = CarriedGradient.apply(torch.tensor(2.5), gradients, *outputs, unused)
+    assert value == 2.5
+    (4 * value).backward()
+    torch.testing.assert_close(outputs[0].grad, 4 * gradients[0])
+    torch.testing.assert_close(outputs[1].grad, (4 * gradients[1]).half())
+    assert unused.grad is None
 
 
 # --- competence -------------------------------------------------------------------------------------------------------
