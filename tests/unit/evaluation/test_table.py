@@ -12,6 +12,8 @@ import pytest
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.evaluation.table import summarize, to_markdown, write_table
 
+NAN = float("nan")
+
 
 def make_rows(values: dict[tuple[str, str, int, int], list[float]], dataset: str = "A") -> pd.DataFrame:
     """Rows of (method, class, fold, seed) -> one value per case."""
@@ -56,11 +58,95 @@ def test_paired_by_case_name_not_by_order() -> None:
 
 
 def test_absent_class_is_left_out_of_its_case_and_empty_cases_of_the_table() -> None:
-    nan = float("nan")
-    rows = make_rows({("control", "organ", 0, 0): [0.8, 0.6, nan], ("control", "lesion", 0, 0): [nan, 0.2, nan]})
+    rows = make_rows({("control", "organ", 0, 0): [0.8, 0.6, NAN], ("control", "lesion", 0, 0): [NAN, 0.2, NAN]})
     (line,) = summarize(rows, "control").to_dict("records")
     assert line["num_cases"] == 2
     assert line["mean"] == pytest.approx((0.8 + 0.4) / 2)
+
+
+def test_false_positive_counts_against_a_control_that_rightly_predicts_nothing() -> None:
+    control, student = [0.8, 0.6, NAN, NAN], [0.9, 0.7, 0.0, NAN]
+    rows = make_rows({("control", "lesion", 0, 0): control, ("student", "lesion", 0, 0): student})
+    table = summarize(rows, "control").set_index("method")
+    # the third case is 1 for the control; nobody has a value for the fourth
+    assert table.loc["control", "num_cases"] == table.loc["student", "num_cases"] == 3
+    assert table.loc["control", "mean"] == pytest.approx((0.8 + 0.6 + 1.0) / 3)
+    assert table.loc["student", "mean"] == pytest.approx((0.9 + 0.7 + 0.0) / 3)
+    assert table.loc["student", "num_pairs"] == 3
+    assert table.loc["student", "difference"] == pytest.approx((0.1 + 0.1 - 1.0) / 3)
+    assert table.loc["student", ["wins", "losses", "ties"]].tolist() == [2, 1, 0]
+
+
+def test_false_positive_of_one_class_lowers_the_mean_over_the_classes() -> None:
+    organ, lesion = [0.8, 0.8], [NAN, NAN]
+    rows = make_rows(
+        {
+            ("control", "organ", 0, 0): organ,
+            ("control", "lesion", 0, 0): lesion,
+            ("student", "organ", 0, 0): organ,
+            ("student", "lesion", 0, 0): [0.0, NAN],
+        }
+    )
+    table = summarize(rows, "control").set_index("method")
+    assert table.loc["control", "mean"] == pytest.approx(((0.8 + 1.0) / 2 + 0.8) / 2)
+    assert table.loc["student", "mean"] == pytest.approx(((0.8 + 0.0) / 2 + 0.8) / 2)
+    assert table.loc["student", "difference"] == pytest.approx((-0.5 + 0.0) / 2)
+
+
+def test_false_positive_in_one_seed_is_averaged_with_the_empty_prediction_of_the_other() -> None:
+    rows = make_rows({("control", "lesion", 0, 0): [0.0], ("control", "lesion", 0, 1): [NAN]})
+    (line,) = summarize(rows, "control").to_dict("records")
+    assert line["mean"] == pytest.approx(0.5)
+
+
+def test_right_empty_prediction_has_distance_zero() -> None:
+    rows = make_rows({("control", "lesion", 0, 0): [3.0, NAN], ("student", "lesion", 0, 0): [2.0, 40.0]})
+    table = summarize(rows, "control", higher_is_better=False).set_index("method")
+    assert table.loc["control", "mean"] == pytest.approx(1.5)
+    assert table.loc["student", "difference"] == pytest.approx((-1.0 + 40.0) / 2)
+    assert table.loc["student", ["wins", "losses"]].tolist() == [1, 1]
+
+
+def test_only_runs_that_both_have_are_paired() -> None:
+    rows = make_rows(
+        {
+            ("control", "x", 0, 0): [0.8, 0.6],
+            ("control", "x", 0, 1): [0.4, 0.2],  # a worse seed, which the student was not trained with
+            ("student", "x", 0, 0): [0.9, 0.6],
+            ("student", "x", 0, 2): [0.1, 0.1],
+        }
+    )
+    table = summarize(rows, "control").set_index("method")
+    assert table.loc["control", "mean"] == pytest.approx((0.6 + 0.4) / 2)
+    assert table.loc["student", "mean"] == pytest.approx((0.5 + 0.35) / 2)
+    assert table.loc["student", ["num_pairs", "num_paired_runs"]].tolist() == [2, 1]
+    assert table.loc["student", "difference"] == pytest.approx((0.1 + 0.0) / 2)
+    assert table.loc["student", ["wins", "losses", "ties"]].tolist() == [1, 0, 1]
+    assert "2 (1 run)" in to_markdown(table.reset_index())
+
+
+def test_paired_runs_are_averaged_per_case() -> None:
+    rows = make_rows(
+        {
+            ("control", "x", 0, 0): [0.5, 0.5],
+            ("control", "x", 0, 1): [0.7, 0.5],
+            ("student", "x", 0, 0): [0.9, 0.4],
+            ("student", "x", 0, 1): [0.5, 0.4],
+        }
+    )
+    line = summarize(rows, "control").set_index("method").loc["student"]
+    # per case: (+0.4 - 0.2) / 2 and -0.1
+    assert line["difference"] == pytest.approx((0.1 - 0.1) / 2)
+    assert line[["num_pairs", "num_paired_runs", "wins", "losses"]].tolist() == [2, 2, 1, 1]
+
+
+def test_no_common_run_is_said() -> None:
+    rows = make_rows({("control", "x", 0, 0): [0.5, 0.5], ("student", "x", 0, 1): [0.9, 0.9]})
+    line = summarize(rows, "control").set_index("method").loc["student"]
+    assert line[["num_pairs", "num_paired_runs"]].tolist() == [0, 0]
+    assert math.isnan(line["difference"])
+    assert line["note"].startswith("0 pairs")
+    assert "0 pairs" in to_markdown(summarize(rows, "control"))
 
 
 def test_holm_counts_all_comparisons_of_the_table() -> None:
