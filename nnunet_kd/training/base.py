@@ -18,6 +18,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_kd.environment import environment
 from nnunet_kd.errors import SettingsError
 from nnunet_kd.files import replacing, write_json
 from nnunet_kd.settings import BLOCK, Settings, read_user_settings, resolve_settings
@@ -41,9 +42,10 @@ class KDTrainer(nnUNetTrainer):
     ) -> None:
         # Errors of the user come before nnU-Net creates the output folder.
         self.settings = self.resolve_settings(plans, configuration, fold)
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        if self.local_rank != 0:
-            self.logger.loggers.clear()  # nnU-Net would start one W&B run per rank
+        # nnU-Net would start a W&B run per rank, right in its constructor.
+        is_ddp = torch.distributed.is_available() and torch.distributed.is_initialized()
+        with environment({"nnUNet_wandb_enabled": "0"} if is_ddp and torch.distributed.get_rank() else {}):
+            super().__init__(plans, configuration, fold, dataset_json, device)
         training = self.settings.training
         self.num_epochs = training.num_epochs
         self.num_iterations_per_epoch = training.num_iterations_per_epoch

@@ -1,0 +1,220 @@
+"""Two processes (gloo, CPU) train a student as the trainers do under DDP: one network, one projector, one W&B run.
+
+This file is also the program of each process: ``python test_distributed.py RANK STORE``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from nnunetv2.training.logging import nnunet_logger
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_kd.networks.adapters import Projector
+from nnunet_kd.networks.taps import Stage, find_stage, tap
+from nnunet_kd.settings import Guard, parse_settings
+from nnunet_kd.spaces.labels import LabelSpace, match_label_spaces
+from nnunet_kd.teachers.output import TeacherOutput
+from nnunet_kd.training.base import KDTrainer
+from nnunet_kd.training.distillation import DistillationLoss, build_terms, projector_name
+
+WORLD_SIZE = 2
+LEVELS = ("bottleneck", "decoder@1/2")
+LEVEL_WEIGHTS = (2 / 3, 1 / 3, 1e-6)  # as nnU-Net's under DDP: no level has exactly 0
+TEACHER_WIDTH = 5
+SPACE = LabelSpace.from_dataset_json({"labels": {"background": 0, "organ": 1, "lesion": 2}})
+TERMS = [
+    {"on": "logits", "loss": "kl", "temperature": 4.0},
+    {"on": "features", "loss": "mse", "levels": list(LEVELS), "weight": 0.5},
+]
+PLANS = {
+    "dataset_name": "Dataset001_A",
+    "plans_name": "nnUNetPlans",
+    "configurations": {"2d": {"architecture": {}}},
+    "continue_training": False,
+}
+
+
+# ---- the test --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("distributed")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder / "store")],
+            env={**os.environ, "nnUNet_results": str(folder / "results")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD_SIZE)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+
+def test_every_parameter_gets_the_mean_gradient_of_all_processes(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        assert answer["without_gradient"] == [[], [], []]
+        assert answer["distance_to_first_process"] == [0.0, 0.0, 0.0]
+        assert max(answer["distance_to_mean"]) < 1e-5
+        assert min(answer["distance_to_own"]) > 1e-3  # else averaging would not show
+
+
+def test_only_the_first_process_starts_a_wandb_run(answers: list[dict[str, Any]]) -> None:
+    assert [answer["wandb_runs"] for answer in answers] == [1, 0]
+    assert [answer["wandb_enabled_afterwards"] for answer in answers] == ["1", "1"]
+
+
+# ---- one process -----------------------------------------------------------------------------------------------------
+def work(rank: int, store: str) -> dict[str, Any]:
+    """Three steps: before the terms' warm-up, in its middle and after it."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)  # other weights and other batches on each rank; DDP brings the weights together
+    network, stages = make_student()
+    wrapped = DistributedDataParallel(network)
+    projectors = {
+        projector_name("joint", level): Projector(2, stages[level].channels, TEACHER_WIDTH) for level in LEVELS
+    }
+    wrapped_projectors = {name: DistributedDataParallel(module) for name, module in projectors.items()}
+    modules = [network, *projectors.values()]
+    optimizer = torch.optim.SGD([parameter for module in modules for parameter in module.parameters()], lr=0.01)
+    loss, unwrapped_loss = make_loss(wrapped_projectors), make_loss(projectors)
+    answer: dict[str, Any] = {
+        "without_gradient": [],
+        "distance_to_first_process": [],
+        "distance_to_mean": [],
+        "distance_to_own": [],
+    }
+    for progress in (0.0, 0.05, 0.5):
+        batch = make_batch(stages)
+        own = gradients(network, modules, unwrapped_loss, batch, progress)
+        mean = own.clone()
+        dist.all_reduce(mean)
+        found = gradients(wrapped, modules, loss, batch, progress)
+        first = found.clone()
+        dist.broadcast(first, 0)
+        answer["without_gradient"].append(
+            [name for name, parameter in network.named_parameters() if parameter.grad is None]
+            + [name for name, module in projectors.items() if progress > 0 and module.convolution.weight.grad is None]
+        )
+        answer["distance_to_first_process"].append(float((found - first).norm()))
+        answer["distance_to_mean"].append(float((found - mean / WORLD_SIZE).norm() / found.norm()))
+        answer["distance_to_own"].append(float((found - own).norm() / found.norm()))
+        optimizer.step()
+    answer |= start_wandb()
+    dist.destroy_process_group()
+    return answer
+
+
+def make_student() -> tuple[nn.Module, dict[str, Stage]]:
+    """A tapped stock network and its stages."""
+    network = PlainConvUNet(
+        input_channels=1,
+        n_stages=4,
+        features_per_stage=(4, 8, 8, 8),
+        conv_op=nn.Conv2d,
+        kernel_sizes=3,
+        strides=(1, 2, 2, 2),
+        n_conv_per_stage=1,
+        num_classes=SPACE.num_channels,
+        n_conv_per_stage_decoder=1,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm2d,
+        norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU,
+        deep_supervision=True,
+    )
+    stages = {level: find_stage(network, level) for level in LEVELS}
+    tap(network, list(stages.values()))
+    return network, stages
+
+
+def make_loss(projectors: Mapping[str, nn.Module]) -> DistillationLoss:
+    """Stock nnU-Net's loss under DDP, plus a term on logits and one on features, guarded."""
+    supervised = DC_and_CE_loss(
+        {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": True}, {}, dice_class=MemoryEfficientSoftDiceLoss
+    )
+    return DistillationLoss(
+        DeepSupervisionWrapper(supervised, LEVEL_WEIGHTS),
+        LEVEL_WEIGHTS,
+        build_terms(parse_settings({"teachers": {"joint": {}}, "terms": TERMS}), {"joint": False}),
+        {"joint": match_label_spaces(SPACE, SPACE)[0]},
+        projectors,
+        LEVELS,
+        Guard(share=0.5, margin=0.1, exponent=4.0),
+    )
+
+
+def make_batch(stages: Mapping[str, Stage]) -> tuple[Tensor, list[Tensor], TeacherOutput]:
+    """An image, its targets at the three levels of deep supervision, and a teacher that knows them."""
+    image, labels = torch.randn(2, 1, 32, 32), torch.randint(0, 3, (2, 1, 32, 32))
+    logits = 4 * nn.functional.one_hot(labels[:, 0], 3).movedim(-1, 1) + torch.randn(2, 3, 32, 32)
+    features = {
+        level: torch.randn(2, TEACHER_WIDTH, *(32 // stride for stride in stage.stride))
+        for level, stage in stages.items()
+    }
+    return image, [labels[..., ::step, ::step] for step in (1, 2, 4)], TeacherOutput(logits, features)
+
+
+def gradients(
+    network: nn.Module,
+    modules: list[nn.Module],
+    loss: DistillationLoss,
+    batch: tuple[Tensor, list[Tensor], TeacherOutput],
+    progress: float,
+) -> Tensor:
+    """All gradients of one step as one vector; 0 where there is none. As in the student's ``train_step``."""
+    image, targets, teacher = batch
+    for module in modules:
+        module.zero_grad()
+    loss.progress = progress
+    if any(term.weight(progress) for term in loss.terms):
+        loss.teacher_outputs["joint"] = teacher
+    loss(network(image), targets).backward()
+    loss.teacher_outputs.clear()
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+
+
+def start_wandb() -> dict[str, Any]:
+    """Make a trainer with W&B on; it is replaced by something that counts its runs."""
+    os.environ["nnUNet_wandb_enabled"] = "1"
+    runs = []
+
+    def init(**arguments: Any) -> SimpleNamespace:
+        runs.append(arguments)
+        return SimpleNamespace(step=0, config=SimpleNamespace(update=lambda *_, **__: None))
+
+    nnunet_logger.wandb = SimpleNamespace(init=init)
+    dataset_json = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
+    KDTrainer(copy.deepcopy(PLANS), "2d", 0, dataset_json)
+    return {"wandb_runs": len(runs), "wandb_enabled_afterwards": os.environ["nnUNet_wandb_enabled"]}
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(work(int(sys.argv[1]), sys.argv[2])))
