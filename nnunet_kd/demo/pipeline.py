@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_kd.demo.domains import DOMAINS, JOINT_ID, write_domains
-from nnunet_kd.demo.runner import Command, Step, progress, run_steps
+from nnunet_kd.demo.runner import NUM_AT_A_TIME, Command, Step, progress, run_steps
 from nnunet_kd.environment import TRAINERS_VARIABLE, add_trainers_folder
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.files import write_json
@@ -97,7 +97,6 @@ class Demo:
                     "num_val_iterations_per_epoch": 2,
                     "initial_lr": INITIAL_LR,
                     "seed": 0,
-                    "num_threads": 1,  # two trainings run side by side
                 }
             },
         )
@@ -138,36 +137,33 @@ class Demo:
 
     def environment(self) -> dict[str, str]:
         """The present environment with nnU-Net's folders under the output, and settings for a small machine."""
+        # Two trainings share the cores. On images as small as the synthetic ones a second thread costs more than it
+        # brings, and one thread computes the same numbers on every machine.
+        num_threads = 1 if self.settings.raw is None else max(1, (os.cpu_count() or 1) // NUM_AT_A_TIME)
         return {
             **os.environ,
             "nnUNet_raw": str(self.raw),
             "nnUNet_preprocessed": str(self.preprocessed),
             "nnUNet_results": str(self.results),
             TRAINERS_VARIABLE: add_trainers_folder(os.environ.get(TRAINERS_VARIABLE, "")),
-            ENVIRONMENT_VARIABLE: json.dumps(self.kd_settings),
+            ENVIRONMENT_VARIABLE: json.dumps(merge(self.kd_settings, {"training": {"num_threads": num_threads}})),
             "nnUNet_compile": "f",
             "nnUNet_n_proc_DA": "1",
             # Each worker process imports nnU-Net first, which takes longer than all of its work here.
             "nnUNet_def_n_proc": "1",
-            # Two trainings share the cores. On such small images a second thread costs more than it brings; and threads
-            # that wait must not spin, or both trainings get several times slower.
-            "OMP_NUM_THREADS": str(self._num_threads()),
-            "OMP_WAIT_POLICY": "PASSIVE",
+            "OMP_NUM_THREADS": str(num_threads),
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait make both trainings several times slower
             "MPLBACKEND": "Agg",
             "PYTHONUNBUFFERED": "1",
         }
-
-    def _num_threads(self) -> int:
-        return 1 if self.settings.raw is None else max(1, (os.cpu_count() or 1) // 2)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[Step]:
         """All steps that are console commands, in order."""
-        steps = [self._plan(), self._plan_students(), self._train_teacher()]
-        steps += [self._train_student_and_control(name) for name in self.names]
+        steps = [self._plan(), self._plan_students(), self._train_teacher_and_controls(), self._train_students()]
         if self.settings.raw is None:
-            steps += [self._predict(name) for name in self.names]
+            steps.append(self._predict_with_students())
         return steps
 
     def datasets(self) -> list[DemoDataset]:
@@ -175,74 +171,75 @@ class Demo:
         return [self._dataset(name) for name in self.names]
 
     def _plan(self) -> Step:
-        command = Command(
-            "plan_and_preprocess",
-            (
-                "nnUNetKD_plan_and_preprocess",
-                *("-d", *(_id(name) for name in self.names)),
-                *("--joint", str(self.joint_id), "--joint_name", "DemoJoint", "-c", self.settings.configuration),
-                *("-plans_name", TEACHER_PLANS, "-gpu_memory_target", GPU_MEMORY_TARGET_GB, "--width", WIDTH),
-                *("-np", "1", "-npfp", "1"),
-            ),
+        arguments = (
+            "nnUNetKD_plan_and_preprocess",
+            *("-d", *(_id(name) for name in self.names)),
+            *("--joint", str(self.joint_id), "--joint_name", "DemoJoint", "-c", self.settings.configuration),
+            *("-plans_name", TEACHER_PLANS, "-gpu_memory_target", GPU_MEMORY_TARGET_GB, "--width", WIDTH),
+            *("-np", "1", "-npfp", "1"),
         )
         outputs = tuple(self.preprocessed / name / f"{TEACHER_PLANS}.json" for name in [self.joint_name, *self.names])
-        return Step("plan and preprocess, join the datasets", (command,), outputs)
+        command = Command("plan_and_preprocess", arguments, outputs)
+        return Step("plan and preprocess, join the datasets", (command,))
 
     def _plan_students(self) -> Step:
         commands = tuple(
             Command(
                 f"plan_student_{_id(name)}",
                 ("nnUNetKD_plan_student", "-d", _id(name), "--width", WIDTH, "-plans_name", STUDENT_PLANS),
+                (self.preprocessed / name / f"{STUDENT_PLANS}.json",),
             )
             for name in self.names
         )
-        outputs = tuple(self.preprocessed / name / f"{STUDENT_PLANS}.json" for name in self.names)
-        return Step("plan narrow students", commands, outputs)
+        return Step("plan narrow students", commands)
 
-    def _train_teacher(self) -> Step:
-        output = self.fold_folder(self.joint_name, TEACHER) / "validation" / "summary.json"
-        command = self._train("train_teacher", str(self.joint_id), TEACHER)
-        return Step(f"train the joint teacher of {len(self.names)} datasets", (command,), (output,))
+    def _train_teacher_and_controls(self) -> Step:
+        """The controls need no teacher; they use the core that its training leaves idle."""
+        commands = [self._train(self.joint_name, TEACHER), *(self._train(name, CONTROL) for name in self.names)]
+        return Step("train the joint teacher and, beside it, the controls", tuple(commands))
 
-    def _train_student_and_control(self, name: str) -> Step:
-        methods = (STUDENT, CONTROL)
-        commands = tuple(self._train(f"train_{method}_{_id(name)}", _id(name), method) for method in methods)
-        outputs = tuple(self.fold_folder(name, method) / "validation" / "summary.json" for method in methods)
-        return Step(f"train student and control of {name}", commands, outputs)
+    def _train_students(self) -> Step:
+        commands = [self._train(name, STUDENT) for name in self.names]
+        if self.settings.raw is not None:
+            return Step("train the students", tuple(commands))
+        # What can be predicted already is predicted beside the last student.
+        commands += [self._predict(name, method) for method in (TEACHER, CONTROL) for name in self.names]
+        return Step("train the students and, beside them, predict with teacher and controls", tuple(commands))
 
-    def _train(self, name: str, dataset_id: str, method: str) -> Command:
+    def _predict_with_students(self) -> Step:
+        return Step("predict with the students", tuple(self._predict(name, STUDENT) for name in self.names))
+
+    def _train(self, name: str, method: str) -> Command:
         plans = TEACHER_PLANS if method == TEACHER else STUDENT_PLANS
         return Command(
-            name,
+            f"train_{method.replace(' ', '_')}_{_id(name)}",
             (
-                *("nnUNetv2_train", dataset_id, self.settings.configuration, str(self.settings.fold)),
+                *("nnUNetv2_train", _id(name), self.settings.configuration, str(self.settings.fold)),
                 # --c starts from the beginning where there is no checkpoint
                 *("-tr", TRAINERS[method], "-p", plans, "-device", self.settings.device, "--c"),
             ),
+            (self.fold_folder(name, method) / "validation" / "summary.json",),
         )
 
-    def _predict(self, name: str) -> Step:
+    def _predict(self, name: str, method: str) -> Command:
         dataset = self._dataset(name)
-        images = str(dataset.raw_folder / "imagesTs")
-        fold, device = str(self.settings.fold), self.settings.device
-        commands = [
-            Command(
-                f"predict_teacher_{_id(name)}",
-                (
-                    *("nnUNetKD_predict", "-m", str(self.fold_folder(self.joint_name, TEACHER).parent)),
-                    *("--head", name, "-i", images, "-o", str(dataset.predictions[TEACHER]), "-f", fold),
-                    *("-device", device, *NO_WORKERS),
-                ),
+        output = dataset.predictions[method]
+        if method == TEACHER:
+            teacher = self.fold_folder(self.joint_name, TEACHER).parent
+            model: tuple[str, ...] = ("nnUNetKD_predict", "-m", str(teacher), "--head", name)
+        else:
+            model = (
+                *("nnUNetv2_predict", "-d", _id(name), "-c", self.settings.configuration),
+                *("-tr", TRAINERS[method], "-p", STUDENT_PLANS),
             )
-        ]
-        for method in (CONTROL, STUDENT):
-            command = (
-                *("nnUNetv2_predict", "-d", _id(name), "-c", self.settings.configuration, "-f", fold),
-                *("-tr", TRAINERS[method], "-p", STUDENT_PLANS, "-device", device),
-                *("-i", images, "-o", str(dataset.predictions[method]), *NO_WORKERS),
-            )
-            commands.append(Command(f"predict_{method}_{_id(name)}", command))
-        return Step(f"predict held-out cases of {name}", tuple(commands), tuple(dataset.predictions.values()))
+        return Command(
+            f"predict_{method.replace(' ', '_')}_{_id(name)}",
+            (
+                *(*model, "-f", str(self.settings.fold), "-device", self.settings.device),
+                *("-i", str(dataset.raw_folder / "imagesTs"), "-o", str(output), *NO_WORKERS),
+            ),
+            (output,),
+        )
 
     # ---- folders -----------------------------------------------------------------------------------------------------
 

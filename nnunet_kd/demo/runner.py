@@ -17,31 +17,35 @@ from pathlib import Path
 
 from nnunet_kd.errors import NnUNetKDError
 
+NUM_AT_A_TIME = 2  # most commands keep one core busy
 TAIL_LINES = 30
 EPOCH = re.compile(r"\bEpoch (\d+)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A console command of this interpreter's environment. ``name`` names its log file."""
+    """A console command of this interpreter's environment. ``name`` names its log file.
+
+    It is finished when it has succeeded and ``outputs`` exist.
+    """
 
     name: str
     arguments: tuple[str, ...]
+    outputs: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
 class Step:
-    """Commands that run side by side. The step is finished when all succeed and ``outputs`` exist."""
+    """Commands that do not need each other; they start in order, ``NUM_AT_A_TIME`` run side by side."""
 
     title: str
     commands: tuple[Command, ...]
-    outputs: tuple[Path, ...]
 
 
 def run_steps(
     steps: Sequence[Step], environment: Mapping[str, str], log_folder: Path, *, num_before: int, num_all: int
 ) -> None:
-    """Run the steps in order and skip those that an earlier call finished.
+    """Run the steps in order and skip the commands that an earlier call finished.
 
     Args:
         steps: What to run.
@@ -56,23 +60,15 @@ def run_steps(
     log_folder.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(steps, start=num_before + 1):
         with progress(number, num_all, step.title) as line:
-            if is_finished(step, log_folder):
+            commands = [command for command in step.commands if not is_finished(command, log_folder)]
+            if not commands:
                 line.result = "done before"
-                continue
-            _run_side_by_side(step, environment, log_folder, line)
-            missing = [output for output in step.outputs if not output.exists()]
-            if missing:
-                msg = f"{step.title}: the commands succeeded but did not write {missing[0]}. Their logs: {log_folder}"
-                raise NnUNetKDError(msg)
-            for command in step.commands:
-                _marker(command, log_folder).touch()
+            _run(commands, environment, log_folder, line)
 
 
-def is_finished(step: Step, log_folder: Path) -> bool:
-    """Whether an earlier call finished the step and its outputs are still there."""
-    return all(_marker(command, log_folder).is_file() for command in step.commands) and all(
-        output.exists() for output in step.outputs
-    )
+def is_finished(command: Command, log_folder: Path) -> bool:
+    """Whether an earlier call finished the command and its outputs are still there."""
+    return _marker(command, log_folder).is_file() and all(output.exists() for output in command.outputs)
 
 
 def find_command(name: str) -> str:
@@ -115,31 +111,44 @@ class progress:  # noqa: N801 (used like a function)
         return f"{time.monotonic() - self.start:.0f} s"
 
 
-def _run_side_by_side(step: Step, environment: Mapping[str, str], log_folder: Path, line: progress) -> None:
-    executables = [find_command(command.arguments[0]) for command in step.commands]
+def _run(commands: Sequence[Command], environment: Mapping[str, str], log_folder: Path, line: progress) -> None:
+    executables = [find_command(command.arguments[0]) for command in commands]
+    waiting = list(zip(commands, executables, strict=True))
+    running: list[tuple[Command, subprocess.Popen[bytes], Path]] = []
     with ExitStack() as stack:
-        running = []
-        for command, executable in zip(step.commands, executables, strict=True):
-            log = log_folder / f"{command.name}.log"
-            file = stack.enter_context(log.open("w"))
-            process = subprocess.Popen(
-                [executable, *command.arguments[1:]],
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that its worker processes can be ended with it
-            )
-            stack.callback(_end, process)
-            running.append((command, process, log))
-        while any(process.poll() is None for _, process, _ in running):
-            if any(process.poll() not in (None, 0) for _, process, _ in running):
-                break
+        while waiting or running:
+            while waiting and len(running) < NUM_AT_A_TIME:
+                command, executable = waiting.pop(0)
+                log = log_folder / f"{command.name}.log"
+                file = stack.enter_context(log.open("w"))
+                process = subprocess.Popen(
+                    [executable, *command.arguments[1:]],
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # so that its worker processes can be ended with it
+                )
+                stack.callback(_end, process)
+                running.append((command, process, log))
             time.sleep(0.2)
-            line.update(", ".join(filter(None, (_last_epoch(log) for _, _, log in running))))
-        failed = [(command, process.returncode, log) for command, process, log in running if process.poll()]
-    if failed:
-        _fail(*failed[0])
+            line.update(", ".join(f"{command.name} {_last_epoch(log)}".rstrip() for command, _, log in running))
+            for entry in running.copy():
+                command, process, log = entry
+                return_code = process.poll()
+                if return_code is not None:
+                    _finish(command, return_code, log)
+                    running.remove(entry)
+
+
+def _finish(command: Command, return_code: int, log: Path) -> None:
+    if return_code != 0:
+        _fail(command, return_code, log)
+    missing = [output for output in command.outputs if not output.exists()]
+    if missing:
+        msg = f"{shlex.join(command.arguments)} succeeded but did not write {missing[0]}. Its whole output is in {log}."
+        raise NnUNetKDError(msg)
+    _marker(command, log.parent).touch()
 
 
 def _fail(command: Command, return_code: int, log: Path) -> None:

@@ -85,6 +85,29 @@ def test_budget_reaches_all_trainings(tmp_path: Path, monkeypatch: pytest.Monkey
     assert settings["sampling_exponent"] == 0.0
 
 
+def test_two_trainings_share_the_cores_but_synthetic_images_get_one_thread_each(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    synthetic = Demo(parse(["-o", str(tmp_path / "one")]))
+    own = Demo(parse(["-o", str(tmp_path / "two"), "--raw", str(raw), "-d", "301", "302"]))
+    for demo, num_threads in ((synthetic, 1), (own, 4)):
+        environment = demo.environment()
+        assert json.loads(environment["nnUNetKD_settings"])["training"]["num_threads"] == num_threads
+        assert environment["OMP_NUM_THREADS"] == str(num_threads)
+
+
+def test_nothing_runs_before_what_it_needs(tmp_path: Path) -> None:
+    demo = Demo(parse(["-o", str(tmp_path)]))
+    step_of = {command.name: number for number, step in enumerate(demo.steps()) for command in step.commands}
+    for dataset in ("971", "972", "973"):
+        assert step_of[f"plan_student_{dataset}"] < step_of[f"train_control_{dataset}"]
+        assert step_of["train_teacher_head_970"] < step_of[f"train_student_{dataset}"]
+        assert step_of["train_teacher_head_970"] < step_of[f"predict_teacher_head_{dataset}"]
+        for method in ("control", "student"):
+            assert step_of[f"train_{method}_{dataset}"] < step_of[f"predict_{method}_{dataset}"]
+
+
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*arguments: str) -> None:
         Demo(parse(["-o", str(tmp_path / "out"), *arguments]))._remember_settings()

@@ -29,8 +29,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def step(script: str, *entries: tuple[Path, str]) -> Step:
-    commands = tuple(Command(file.name, (script, str(file), code)) for file, code in entries)
-    return Step("a step", commands, tuple(file for file, _ in entries))
+    return Step("a step", tuple(Command(file.name, (script, str(file), code), (file,)) for file, code in entries))
 
 
 def run(steps: list[Step], logs: Path) -> None:
@@ -92,6 +91,28 @@ def test_commands_run_side_by_side(script: str, tmp_path: Path) -> None:
     ]
     run([step(script, *entries)], tmp_path / "logs")
     assert (tmp_path / "logs" / "two.done").exists()
+
+
+def test_no_more_than_two_run_at_a_time_and_in_order(script: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = f"open({str(log)!r}, 'a').write('+'); time.sleep(0.5); open({str(log)!r}, 'a').write('-')"
+    run([step(script, *((tmp_path / name, code) for name in "abcd"))], tmp_path / "logs")
+    text = log.read_text()
+    assert sorted(text) == sorted("+-" * 4)
+    assert max(text[:end].count("+") - text[:end].count("-") for end in range(1, 9)) == 2
+    markers = [(tmp_path / "logs" / f"{name}.done").stat().st_mtime_ns for name in "abcd"]
+    assert max(markers[:2]) <= min(markers[2:])
+
+
+def test_only_what_failed_is_repeated(script: str, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    marker = tmp_path / "logs" / "good.done"
+    code = f"\nwhile not os.path.exists({str(marker)!r}): time.sleep(0.05)\n"
+    with pytest.raises(NnUNetKDError):
+        run([step(script, (good, ""), (bad, f"{code}sys.exit(1)"))], tmp_path / "logs")
+    run([step(script, (good, ""), (bad, ""))], tmp_path / "logs")
+    assert good.read_text() == "ran\n"
+    assert bad.read_text() == "ran\nran\n"
 
 
 def test_success_without_output_is_an_error(script: str, tmp_path: Path) -> None:
