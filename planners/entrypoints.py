@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from nnunet_kd.cli.errors import clear_errors
 from nnunet_kd.data.joint import JointDataset
 from nnunet_kd.data.member import Member, dataset_name
 from nnunet_kd.errors import JointDatasetError
-from nnunet_kd.planners.joint_planner import TeacherPlan, plan_joint
-from nnunet_kd.planners.members import StockSteps, default_plans_name, find_planner, prepare_member
+from nnunet_kd.planners.heads import read_heads
+from nnunet_kd.planners.joint_planner import TeacherPlan, check_joint_name, outdated_teachers, plan_joint
+from nnunet_kd.planners.members import (
+    StockSteps,
+    check_planner,
+    default_plans_name,
+    find_planner,
+    is_preprocessed,
+    member_cases,
+    prepare_member,
+    preprocess_command,
+)
+from nnunet_kd.planners.student_planner import check_member_plans, read_settings_file, write_member_plans
 from nnunet_kd.planners.student_planner import plan_student as write_student_plans
-from nnunet_kd.planners.student_planner import read_settings_file, write_member_plans
 
 STOCK_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 
@@ -29,14 +39,14 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
         "run for members that lack them; the others are left as they are. No image data is copied.",
     )
     parser.add_argument("-d", nargs="+", required=True, help="Dataset ids or names of the members, for example 301 302")
-    parser.add_argument("--joint", required=True, type=int, help="Id of the joint dataset, for example 900")
+    parser.add_argument("--joint", required=True, type=_dataset_id, help="Id of the joint dataset, for example 900")
     parser.add_argument("--joint_name", default=None, help="Name after DatasetXXX_. Default: the existing, or Joint")
     parser.add_argument("-c", nargs="+", default=None, help="Configurations. Default: all that every member has")
     parser.add_argument("-p", default=None, help="The members' plans. Default: what the planner writes (nnUNetPlans)")
     parser.add_argument("-pl", default=None, help="Stock planner class. Default: ExperimentPlanner")
     parser.add_argument("-plans_name", default="nnUNetKDPlans", help="Name of the plans that are written")
-    parser.add_argument("-gpu_memory_target", type=float, default=None, help="GB. Default: that of the planner class")
-    parser.add_argument("--width", type=float, default=1.0, help="Factor on the teacher's number of features")
+    parser.add_argument("-gpu_memory_target", type=_positive, default=None, help="GB. Default: the planner class's")
+    parser.add_argument("--width", type=_positive, default=1.0, help="Factor on the teacher's number of features")
     parser.add_argument("--heads", default=None, help="JSON file with shared heads and their label maps")
     parser.add_argument("-np", type=int, default=None, help="Processes for preprocessing. Default: stock nnU-Net's")
     parser.add_argument("-npfp", type=int, default=8, help="Processes for the fingerprint")
@@ -52,6 +62,12 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
             f"contain '__'."
         )
     members = [dataset_name(entry) for entry in args.d]
+    name = _joint_name(args.joint, args.joint_name)
+    check_joint_name(name, members)
+    heads = read_heads(args.heads, members)
+    for member in members:
+        check_member_plans(member, members_plans, args.plans_name)
+        check_planner(member, members_plans, args.pl)
     steps = StockSteps(
         planner,
         members_plans,
@@ -67,8 +83,6 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
     if not args.no_pp:
         for member in members:
             prepare_member(member, StockSteps(planner, members_plans, num_processes=args.np), configurations)
-    heads = _full_member_names(read_settings_file(args.heads)) if args.heads else {}
-    name = _joint_name(args.joint, args.joint_name)
     joint, plans = plan_joint(
         name,
         members,
@@ -83,6 +97,7 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
     for member in members:
         write_member_plans(member, members_plans, args.plans_name, name)
     _print_summary(joint, plans, args.plans_name)
+    _warn_of_outdated_teachers(joint, args.plans_name)
 
 
 @clear_errors
@@ -94,9 +109,9 @@ def plan_student(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("-d", required=True, help="Dataset id or name")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans to start from")
-    parser.add_argument("--width", type=float, default=1.0, help="Factor on the number of features of every stage")
+    parser.add_argument("--width", type=_positive, default=1.0, help="Factor on the number of features of every stage")
     parser.add_argument("--min_features", type=int, default=8, help="No stage gets fewer features than this")
-    parser.add_argument("--settings", default=None, help="JSON file with settings for the plans' nnunet_kd block")
+    parser.add_argument("--settings", default=None, help="JSON or YAML file with settings for the nnunet_kd block")
     parser.add_argument("-plans_name", required=True, help="Name of the new plans, for example nnUNetKDPlansW50")
     args = parser.parse_args(arguments)
     dataset = dataset_name(args.d)
@@ -136,12 +151,20 @@ def _configurations(members: Sequence[str], plans_name: str, requested: Sequence
     return common
 
 
-def _full_member_names(heads: Mapping[str, Any]) -> dict[str, Any]:
-    """Shared heads with full dataset names instead of ids."""
-    return {
-        name: {**content, "members": {dataset_name(m): mapping for m, mapping in content.get("members", {}).items()}}
-        for name, content in heads.items()
-    }
+def _dataset_id(text: str) -> int:
+    if not (text.isdigit() and 1 <= int(text) <= 999):
+        raise argparse.ArgumentTypeError(f"'{text}' is no dataset id: nnU-Net's have three digits, 1 to 999.")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not possible. Give a number greater than 0.")
+    return value
 
 
 def _joint_name(joint_id: int, name: str | None) -> str:
@@ -159,16 +182,16 @@ def _print_summary(joint: JointDataset, plans: Mapping[str, TeacherPlan], plans_
     for configuration, plan in plans.items():
         arguments = plan.configuration["architecture"]["arch_kwargs"]
         print(f"\n{configuration}")
-        print(f"  {'member':32s} {'cases':>5s} {'head':>24s} {'spacing':>22s} {'patch':>18s} {'batch':>5s} {'GB':>6s}")
+        print(f"  {'member':32s} {'cases':>5s} {'head':>44s} {'spacing':>22s} {'patch':>18s} {'batch':>5s} {'GB':>6s}")
         for name, entry in joint.members.items():
             member = joint.member(name, configuration)
             manager = member.configuration_manager
             spacing = " x ".join(f"{value:.3g}" for value in manager.spacing)
             patch = " x ".join(str(size) for size in manager.patch_size)
-            shared = "(shared) " if entry.label_map else ""
-            head = f"{shared}{joint.heads[entry.head].label_space.num_channels} channels"
+            shared = ", shared" if entry.label_map else ""
+            head = f"{entry.head} ({joint.heads[entry.head].label_space.num_channels} channels{shared})"
             print(
-                f"  {name:32s} {len(member.identifiers):5d} {head:>24s} {spacing:>22s} {patch:>18s} "
+                f"  {name:32s} {len(member_cases(member)):5d} {head:>44s} {spacing:>22s} {patch:>18s} "
                 f"{plan.batch_sizes[name]:5d} {plan.memory_gb[name]:6.2f}"
             )
         print(
@@ -179,10 +202,25 @@ def _print_summary(joint: JointDataset, plans: Mapping[str, TeacherPlan], plans_
         disk = sum(_folder_size(joint.member(name, configuration).data_folder) for name in joint.members)
         print(f"  disk: {disk / 1e9:.2f} GB of the members' own preprocessed data, none copied")
     configuration = next(iter(plans))
-    print("\nNext:\n  eval \"$(nnUNetKD_env)\"")
+    print("\nNext:")
+    views = [joint.member(name, configuration) for configuration in plans for name in joint.members]
+    for command in dict.fromkeys(preprocess_command(view) for view in views if not is_preprocessed(view)):
+        print(f"  {command}")
+    print("  eval \"$(nnUNetKD_env)\"")
     print(f"  nnUNetv2_train {joint.name[7:10]} {configuration} 0 -tr nnUNetTrainerKDTeacher -p {plans_name}")
     for name, entry in joint.members.items():
         print(f"  nnUNetv2_train {name[7:10]} {configuration} 0 -tr nnUNetTrainerKDStudent -p {entry.plans}")
+
+
+def _warn_of_outdated_teachers(joint: JointDataset, plans_name: str) -> None:
+    outdated = outdated_teachers(joint, plans_name)
+    if outdated:
+        print(
+            f"\nWARNING: {joint.name} changed, so that these trained models do not fit {plans_name} any more:\n  "
+            + "\n  ".join(str(model) for model in outdated)
+            + "\nTo keep them, plan again as before, and give this joint dataset another --joint id (or, for the same "
+            "members and heads, another -plans_name). Otherwise delete them and train again."
+        )
 
 
 def _folder_size(folder: Path) -> int:

@@ -9,26 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-from nnunet_kd.data.joint import HeadEntry, JointDataset, MemberEntry
-from nnunet_kd.data.member import Member
-from nnunet_kd.data.splits import join_splits, member_splits, read_groups
+from nnunet_kd.data.joint import VERSION, HeadEntry, JointDataset, MemberEntry
+from nnunet_kd.data.member import Member, read_json
+from nnunet_kd.data.splits import Split, join_splits, member_splits, read_groups
 from nnunet_kd.environment import environment
-from nnunet_kd.errors import JointDatasetError, LabelSpaceError
+from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
-from nnunet_kd.planners.members import planning_threads
+from nnunet_kd.planners.heads import plan_heads
+from nnunet_kd.planners.members import find_planner, member_cases, planning_threads
+from nnunet_kd.planners.student_planner import settings_of
 from nnunet_kd.settings import BLOCK
-from nnunet_kd.spaces.channels import union
-from nnunet_kd.spaces.labels import LabelSpace, member_to_head_map
+from nnunet_kd.spaces.channels import ChannelSpace, union
 
 MIN_BATCH_SIZE = 2  # stock nnU-Net's UNet_min_batch_size; with 1, foreground oversampling would stop
 ENOUGH_MEMORY_GB = 1e6
@@ -60,6 +61,9 @@ def plan_joint(
 ) -> tuple[JointDataset, dict[str, TeacherPlan]]:
     """Write the joint dataset ``name`` and return its description and the teacher's plan per configuration.
 
+    Joint plans of that name that exist already keep the order of their members, heads and channels, because a trained
+    teacher's weights depend on it, their other configurations where these are still valid, and the user's settings.
+
     Args:
         name: Full name, for example Dataset900_Joint.
         members: Full names of prepared members.
@@ -69,23 +73,31 @@ def plan_joint(
         planner: Stock planner class for the teacher; None takes the one that planned the largest member.
         gpu_memory_target: GB; None takes the planner class's default.
         width: Factor on the planner's number of features.
-        shared_heads: Content of ``--heads`` with full member names.
+        shared_heads: What ``read_heads`` returns.
 
     Raises:
-        JointDatasetError: Members cannot be joined; says which and why.
+        JointDatasetError: Members cannot be joined; says which and why. Nothing is written then.
         LabelSpaceError: A shared head misses a label.
     """
-    _check_name(name, members)
+    check_joint_name(name, members)
+    existing = _joint_plans(_folder(name))
+    stored = {plans: JointDataset.from_plans(content) for plans, content in existing.items()}
+    order = stored.get(plans_name, next(iter(stored.values()), None))
+    members = _in_stored_order(members, order.members if order else ())
     views = {c: {m: Member(m, members_plans, c) for m in members} for c in configurations}
     first = views[configurations[0]]
     for member in first.values():
         _check_segmentation(member)
     channels = union({m: view.channel_names for m, view in first.items()})
-    heads, head_of, maps = _heads(first, shared_heads or {})
+    heads, head_of, maps = plan_heads(first, shared_heads or {})
+    if order is not None:
+        channels = ChannelSpace(tuple(_in_stored_order(channels.names, order.channels.names)))
+        heads = {head: heads[head] for head in _in_stored_order(heads, order.heads)}
     normalisation = {c: _check_normalisation(views[c]) for c in configurations}
-
-    for member in first.values():
-        _ensure_splits(member)
+    cases = {c: {m: member_cases(view) for m, view in views[c].items()} for c in configurations}
+    own_cases = cases[configurations[0]]
+    splits = {m: _splits(view, own_cases[m]) for m, view in first.items()}
+    joint_splits = join_splits(splits, own_cases)
     plans_of = {
         c: plan_teacher(name, views[c], channels.names, heads, head_of, planner, gpu_memory_target, width)
         for c in configurations
@@ -99,13 +111,57 @@ def plan_joint(
             previous_stage_labels=[int(label) for label in view.label_manager.foreground_labels],
             label_map=maps.get(m),
             batch_sizes={c: plans_of[c].batch_sizes[m] for c in configurations},
-            state={c: views[c][m].state() for c in configurations},
         )
         for m, view in first.items()
     }
     joint = JointDataset(name, channels, entries, heads)
-    _write(joint, views, plans_of, plans_name, normalisation)
+    _check_same_members(joint, {plans: other for plans, other in stored.items() if plans != plans_name})
+    plans, dataset_json = _joint_files(joint, views, plans_of, plans_name, normalisation)
+    dataset_json["numTraining"] = sum(len(own) for own in own_cases.values())
+
+    # everything is computed and checked; from here on files are written
+    for m, view in first.items():
+        if not view.splits_file.is_file():
+            write_json(view.splits_file, splits[m])
+    states = {m: {c: views[c][m].state(cases[c][m]) for c in configurations} for m in members}
+    joint = replace(joint, members={m: replace(entry, state=states[m]) for m, entry in entries.items()})
+    settings: dict[str, Any] = {}
+    if plans_name in existing:
+        joint = _keep_configurations(joint, plans, stored[plans_name], existing[plans_name])
+        settings = settings_of(existing[plans_name][BLOCK])
+    plans[BLOCK] = {**settings, **joint.to_block()}
+    folder = _folder(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "dataset.json", dataset_json)  # names the members, so that a half-written folder is known
+    write_json(folder / "splits_final.json", joint_splits)
+    write_json(folder / "dataset_fingerprint.json", _fingerprint(first))
+    write_json(folder / f"{plans_name}.json", plans)
     return joint, plans_of
+
+
+def outdated_teachers(joint: JointDataset, plans_name: str) -> list[Path]:
+    """Trained models of the joint dataset that do not fit its plans any more: other channels, heads or network."""
+    if not nnUNet_results.is_set():
+        return []
+    now = read_json(_folder(joint.name) / f"{plans_name}.json", "Plan the joint dataset again.")
+    outdated = []
+    for model in sorted((Path(str(nnUNet_results)) / joint.name).glob(f"*__{plans_name}__*")):
+        if any(model.glob("fold_*/checkpoint_*.pth")) and (model / "plans.json").is_file():
+            then = read_json(model / "plans.json", "Delete the broken model.")
+            if not _fits(model.name.split("__")[-1], then, now, joint):
+                outdated.append(model)
+    return outdated
+
+
+def _fits(configuration: str, then: Mapping[str, Any], now: Mapping[str, Any], joint: JointDataset) -> bool:
+    if any(configuration not in plans["configurations"] for plans in (then, now)):
+        return False
+    networks = [plans["configurations"][configuration]["architecture"] for plans in (then, now)]
+    try:
+        trained = JointDataset.from_plans(then)
+    except JointDatasetError:
+        return False  # of an older nnunet_kd
+    return networks[0] == networks[1] and trained.signature(configuration) == joint.signature(configuration)
 
 
 def plan_teacher(
@@ -129,7 +185,7 @@ def plan_teacher(
     largest = max(members, key=lambda m: (np.prod(members[m].configuration_manager.patch_size, dtype=np.int64), m))
     leader = members[largest]
     manager = leader.configuration_manager
-    planner_class = planner_class or leader.plans_manager.experiment_planner_class
+    planner_class = planner_class or _planner_of(leader)
     with _planner(planner_class, name, channel_names, gpu_memory_target) as planner:
         target = planner.UNet_vram_target_GB
         base_features = max(MIN_BASE_FEATURES, round(planner.UNet_base_num_features * width))
@@ -164,6 +220,13 @@ def plan_teacher(
         batch_size=max(batch_sizes.values()),
     )
     return TeacherPlan(configuration, batch_sizes, total, largest)
+
+
+def _planner_of(member: Member) -> type[ExperimentPlanner]:
+    try:
+        return find_planner(member.plans_manager.experiment_planner_name)
+    except JointDatasetError as error:
+        raise JointDatasetError(f"{member.plans_name} of {member.name}: {error}") from error
 
 
 def _memory_gb(
@@ -214,31 +277,114 @@ def _planner(
             yield planner_class(name, **arguments)
 
 
-def _check_name(name: str, members: Sequence[str]) -> None:
+def check_joint_name(name: str, members: Sequence[str]) -> None:
+    """Refuse a joint dataset ``name`` that is another dataset, and members that cannot be joined under it.
+
+    Raises:
+        JointDatasetError: Says which name is taken, or which member is named wrongly.
+    """
     if name in members or name[7:10] in {member[7:10] for member in members}:
         raise JointDatasetError(f"{name} cannot be its own member. Give --joint an id that no dataset has.")
     if len(members) < 2:
         raise JointDatasetError("A joint dataset needs at least two members. Give several ids after -d.")
     if len(set(members)) < len(members):
         raise JointDatasetError(f"A member is named twice after -d: {', '.join(members)}.")
+    for member in members:
+        if _is_joint(_folder(member)):
+            raise JointDatasetError(f"{member} is a joint dataset and cannot be a member. Give its members after -d.")
     others = sorted(str(found) for found in find_candidate_datasets(int(name[7:10])) if str(found) != name)
     if others:
         raise JointDatasetError(f"The id {name[7:10]} belongs to {', '.join(others)}. Give --joint another id.")
-    folder = Path(str(nnUNet_preprocessed)) / name
+    folder = _folder(name)
     raw = Path(str(nnUNet_raw)) / name
-    if raw.is_dir() or (folder.is_dir() and any(folder.iterdir()) and not _is_joint(folder)):
+    # names that begin with a dot are what a killed run leaves of a file that it was writing
+    in_use = folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir())
+    if raw.is_dir() or (in_use and not _is_joint(folder)):
         raise JointDatasetError(
             f"{name} is a dataset that is not a joint one ({raw if raw.is_dir() else folder}). Give --joint another id."
         )
 
 
+def _folder(name: str) -> Path:
+    return Path(str(nnUNet_preprocessed)) / name
+
+
 def _is_joint(folder: Path) -> bool:
-    """Whether a plans file in ``folder`` describes a joint dataset; members hold plans with our block too."""
-    for file in folder.glob("*.json"):
-        content = json.loads(file.read_text())
-        if isinstance(content, dict) and "members" in content.get(BLOCK, {}):
-            return True
-    return False
+    """Whether a file in ``folder`` names members; the members themselves hold plans with our block too."""
+    return any("members" in content[BLOCK] for content in _contents_with_block(folder).values())
+
+
+def _joint_plans(folder: Path) -> dict[str, dict[str, Any]]:
+    """All joint plans in ``folder`` by their name, but those of an older nnunet_kd, which are planned anew."""
+    plans = {name: content for name, content in _contents_with_block(folder).items() if "configurations" in content}
+    return {name: content for name, content in plans.items() if content[BLOCK].get("version", 0) >= VERSION}
+
+
+def _contents_with_block(folder: Path) -> dict[str, dict[str, Any]]:
+    contents = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            content = read_json(file, "")
+        except JointDatasetError:
+            continue  # broken, and not ours to judge
+        if isinstance(content, dict) and isinstance(content.get(BLOCK), dict):
+            contents[file.stem] = content
+    return contents
+
+
+def _in_stored_order(names: Iterable[str], stored: Iterable[str]) -> list[str]:
+    """``names`` in the order in which they are stored, new ones behind them."""
+    names = list(names)
+    known = [name for name in stored if name in names]
+    return known + [name for name in names if name not in known]
+
+
+def _check_same_members(joint: JointDataset, others: Mapping[str, JointDataset]) -> None:
+    """All joint plans of one joint dataset share its dataset.json and splits, so they need the same members."""
+    for plans_name, other in others.items():
+        same_members = (other.channels, list(other.members)) == (joint.channels, list(joint.members))
+        if not same_members or list(other.heads.items()) != list(joint.heads.items()):
+            raise JointDatasetError(
+                f"{plans_name} of {joint.name} joins other members ({', '.join(other.members)}), channels or heads. "
+                f"One joint dataset has one set of them. Give --joint another id, or delete "
+                f"{_folder(joint.name) / plans_name}.json."
+            )
+
+
+def _keep_configurations(
+    joint: JointDataset, plans: dict[str, Any], old: JointDataset, old_plans: Mapping[str, Any]
+) -> JointDataset:
+    """Keep the configurations of existing joint plans that were not planned again, as far as they are still valid."""
+    others = [c for c in old_plans["configurations"] if c not in plans["configurations"]]
+    kept = [c for c in others if _is_still_valid(joint, old, c)]
+    for configuration in others:
+        if configuration not in kept:
+            print(
+                f"INFO: {configuration} of the existing joint plans does not fit the members any more and was dropped. "
+                f"Give it after -c too, to plan it again."
+            )
+    if kept:
+        plans.update({key: value for key, value in old_plans.items() if key not in ("configurations", BLOCK)})
+    found = {**plans["configurations"], **{c: old_plans["configurations"][c] for c in kept}}
+    plans["configurations"] = {c: found[c] for c in _in_stored_order(found, old_plans["configurations"])}
+    entries = {
+        m: replace(
+            entry,
+            batch_sizes={**entry.batch_sizes, **{c: old.members[m].batch_sizes[c] for c in kept}},
+            state={**entry.state, **{c: old.members[m].state[c] for c in kept}},
+        )
+        for m, entry in joint.members.items()
+    }
+    return replace(joint, members=entries)
+
+
+def _is_still_valid(joint: JointDataset, old: JointDataset, configuration: str) -> bool:
+    try:
+        states = {m: {configuration: joint.member(m, configuration).planned_state()} for m in joint.members}
+    except JointDatasetError:
+        return False  # a member lost this configuration
+    now = replace(joint, members={m: replace(entry, state=states[m]) for m, entry in joint.members.items()})
+    return now.signature(configuration) == old.signature(configuration)
 
 
 def _check_segmentation(member: Member) -> None:
@@ -269,53 +415,19 @@ def _check_normalisation(members: Mapping[str, Member]) -> dict[str, tuple[str, 
     return schemes
 
 
-def _heads(
-    members: Mapping[str, Member], shared: Mapping[str, Any]
-) -> tuple[dict[str, HeadEntry], dict[str, str], dict[str, dict[str, str]]]:
-    """Heads in order, the head of each member, and the label maps of members with a shared head."""
-    heads: dict[str, HeadEntry] = {}
-    head_of: dict[str, str] = {}
-    maps: dict[str, dict[str, str]] = {}
-    for head_name, content in shared.items():
-        if set(content) != {"labels", "members"}:
-            raise LabelSpaceError(f"Shared head '{head_name}' must have exactly 'labels' and 'members'.")
-        labels = dict(content["labels"])
-        ignored = [m for m in content["members"] if m in members and members[m].label_space.ignore is not None]
-        if ignored and "ignore" not in labels:
-            labels["ignore"] = max(labels.values()) + 1
-        heads[head_name] = HeadEntry(labels)
-        for member, mapping in content["members"].items():
-            if member not in members:
-                raise LabelSpaceError(f"Shared head '{head_name}' names {member}, which is no member.")
-            if member in head_of:
-                raise LabelSpaceError(f"{member} is named by two shared heads, '{head_of[member]}' and '{head_name}'.")
-            try:
-                member_to_head_map(members[member].label_space, heads[head_name].label_space, mapping)
-            except LabelSpaceError as error:
-                raise LabelSpaceError(f"Shared head '{head_name}', member {member}: {error}") from error
-            head_of[member], maps[member] = head_name, dict(mapping)
-    for name, member in members.items():
-        if name not in head_of:
-            heads[name] = HeadEntry(member.dataset_json["labels"], member.dataset_json.get("regions_class_order"))
-            _ = LabelSpace.from_dataset_json(member.dataset_json)  # refuse a broken label space now
-            head_of[name] = name
-    return heads, head_of, maps
-
-
-def _ensure_splits(member: Member) -> None:
-    """Create the member's splits_final.json if it is missing, as stock training would, grouped by ``split_by``."""
+def _splits(member: Member, cases: Sequence[str]) -> list[Split]:
+    """The member's splits_final.json, or what stock training would write there, grouped by ``split_by``."""
     if member.splits_file.is_file():
-        return
+        return json.loads(member.splits_file.read_text())
     block = member.dataset_json.get(BLOCK, {})
     groups = None
     if "split_by" in block:
         file = block.get("tasks", {}).get("classification", {}).get("file", "classification.csv")
         groups = read_groups(_side_file(member, file), block["split_by"])
     try:
-        splits = member_splits(member.identifiers, None, groups)
+        return member_splits(cases, None, groups)
     except JointDatasetError as error:
         raise JointDatasetError(f"{member.name}: {error}") from error
-    write_json(member.splits_file, splits)
 
 
 def _side_file(member: Member, file: str) -> Path:
@@ -328,17 +440,16 @@ def _side_file(member: Member, file: str) -> Path:
     )
 
 
-def _write(
+def _joint_files(
     joint: JointDataset,
     views: Mapping[str, Mapping[str, Member]],
     plans_of: Mapping[str, TeacherPlan],
     plans_name: str,
     normalisation: Mapping[str, Mapping[str, tuple[str, bool]]],
-) -> None:
-    folder = Path(str(nnUNet_preprocessed)) / joint.name
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The joint plans, without our block, and the joint dataset.json, without numTraining."""
     members = views[next(iter(views))]
     leader = members[plans_of[next(iter(views))].largest]
-    splits = {m: json.loads(view.splits_file.read_text()) for m, view in members.items()}
     properties = {}
     for index, channel in enumerate(joint.channels.names):
         view = next(view for view in members.values() if channel in view.channel_names)
@@ -360,7 +471,6 @@ def _write(
         configurations=configurations,
         foreground_intensity_properties_per_channel=properties,
     )
-    plans[BLOCK] = joint.to_block()
     labels: dict[str, int] = {name: index for index, name in enumerate(joint.joint_class_names)}
     if any(view.label_space.ignore is not None for view in members.values()):
         labels["ignore"] = len(labels)
@@ -370,15 +480,11 @@ def _write(
     dataset_json = {
         "channel_names": {str(index): channel for index, channel in enumerate(joint.channels.names)},
         "labels": labels,
-        "numTraining": sum(len(view.identifiers) for view in members.values()),
         "file_ending": file_ending,
         "name": joint.name,
+        BLOCK: {"members": list(joint.members)},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "dataset.json", dataset_json)
-    write_json(folder / "splits_final.json", join_splits(splits, {m: v.identifiers for m, v in members.items()}))
-    write_json(folder / "dataset_fingerprint.json", _fingerprint(members))
-    write_json(folder / f"{plans_name}.json", plans)
+    return plans, dataset_json
 
 
 def _fingerprint(members: Mapping[str, Member]) -> dict[str, Any]:

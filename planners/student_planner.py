@@ -6,7 +6,6 @@ Both keep the data identifiers of the plans they come from, so nothing is prepro
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,25 +16,45 @@ from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.errors import JointDatasetError, SettingsError
 from nnunet_kd.files import write_json
 from nnunet_kd.networks.width import scale_width
-from nnunet_kd.settings import BLOCK, merge, parse_settings
+from nnunet_kd.settings import BLOCK, DESCRIPTION_KEYS, merge, parse_settings, read_user_settings
+
+MIN_FEATURES = 8
 
 
 def write_member_plans(member: str, base_plans: str, plans_name: str, joint_name: str) -> Path:
     """Write the member's stock plans as ``plans_name`` with our block; repeating it for another joint adds that one.
 
+    Settings that the user wrote into the block stay.
+
     Raises:
-        JointDatasetError: A file of that name exists and is not ours, or was made from other plans.
+        JointDatasetError: See :func:`check_member_plans`.
     """
-    path = Path(str(nnUNet_preprocessed)) / member / f"{plans_name}.json"
+    existing = check_member_plans(member, base_plans, plans_name)
     plans = copy.deepcopy(Member(member, base_plans, "").plans)
-    joints = [joint_name]
-    if path.is_file():
-        existing = _existing_block(path, base_plans)
-        joints = sorted({*existing.get("member_of", []), joint_name})
     plans["plans_name"] = plans_name
-    plans[BLOCK] = merge(plans.get(BLOCK, {}), {"student": {"base": base_plans}, "member_of": joints})
+    plans[BLOCK] = {
+        **merge(plans.get(BLOCK, {}), settings_of(existing)),
+        "student": {**existing.get("student", {}), "base": base_plans},
+        "member_of": sorted({*existing.get("member_of", []), joint_name}),
+    }
+    path = _path(member, plans_name)
     write_json(path, plans)
     return path
+
+
+def check_member_plans(member: str, base_plans: str, plans_name: str) -> dict[str, Any]:
+    """The block of the member's existing plans of that name, empty if there are none.
+
+    Raises:
+        JointDatasetError: The plans are not ours, were made from other plans, or are those of a smaller student.
+    """
+    existing = _existing_block(_path(member, plans_name), base_plans)
+    width = existing.get("student", {}).get("width", 1.0)
+    if width != 1:
+        raise JointDatasetError(
+            f"{_path(member, plans_name)} are plans of a student of width {width}. Choose another -plans_name."
+        )
+    return existing
 
 
 def plan_student(
@@ -44,7 +63,7 @@ def plan_student(
     plans_name: str,
     *,
     width: float = 1.0,
-    min_features: int = 8,
+    min_features: int = MIN_FEATURES,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write plans of a smaller or otherwise set student for ``dataset`` (full name) and return their path.
@@ -58,31 +77,57 @@ def plan_student(
         settings: Goes into the plans' ``nnunet_kd`` block.
 
     Raises:
-        JointDatasetError: The name is taken by plans that are not ours or that come from other plans.
+        JointDatasetError: The name is taken by plans that are not ours, come from other plans or were set otherwise.
         SettingsError: A setting is unknown or out of range, or the name is not possible.
     """
     if "__" in plans_name or plans_name == base_plans:
         raise SettingsError(f"-plans_name {plans_name} is not possible: it must differ from -p and not contain '__'.")
     if settings:
-        given = dict(settings)
+        given = settings_of(settings)
         # terms may rely on a teacher that is only known when training starts
         parse_settings(merge({"teachers": {"joint": {}}}, given))
-    path = Path(str(nnUNet_preprocessed)) / dataset / f"{plans_name}.json"
+    path = _path(dataset, plans_name)
     plans = copy.deepcopy(Member(dataset, base_plans, "").plans)
-    if path.is_file():
-        _existing_block(path, base_plans)
+    student = {"base": base_plans, "width": width, "min_features": min_features}
+    block = {**merge(settings_of(plans.get(BLOCK, {})), settings_of(settings or {})), "student": student}
+    existing = _existing_block(path, base_plans)
+    if existing:
+        _check_same_student(path, existing, block)
+        if "member_of" in existing:
+            block["member_of"] = existing["member_of"]
     for configuration in plans["configurations"].values():
         if "architecture" in configuration:
             configuration["architecture"] = scale_width(configuration["architecture"], width, min_features)
     plans["plans_name"] = plans_name
-    student = {"base": base_plans, "width": width, "min_features": min_features}
-    plans[BLOCK] = merge(merge(plans.get(BLOCK, {}), settings or {}), {"student": student})
+    plans[BLOCK] = block
     write_json(path, plans)
     return path
 
 
+def settings_of(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's settings in the block of a plans file, without what describes the plans."""
+    return {key: value for key, value in block.items() if key not in DESCRIPTION_KEYS}
+
+
+def read_settings_file(path: str) -> dict[str, Any]:
+    """Read ``--settings``: an object in a JSON or YAML file.
+
+    Raises:
+        SettingsError: The file is missing or holds no such object.
+    """
+    if not Path(path).expanduser().is_file():
+        raise SettingsError(f"The file {path} (--settings) does not exist. Give a JSON or YAML file.")
+    return read_user_settings(path)
+
+
+def _path(dataset: str, plans_name: str) -> Path:
+    return Path(str(nnUNet_preprocessed)) / dataset / f"{plans_name}.json"
+
+
 def _existing_block(path: Path, base_plans: str) -> dict[str, Any]:
     """The block of our existing plans, after making sure that they are ours and come from the same plans."""
+    if not path.is_file():
+        return {}
     block = read_json(path, "Delete the broken file or choose another -plans_name.").get(BLOCK, {})
     base = block.get("student", {}).get("base")
     if base is None:
@@ -94,19 +139,16 @@ def _existing_block(path: Path, base_plans: str) -> dict[str, Any]:
     return block
 
 
-def read_settings_file(path: str) -> dict[str, Any]:
-    """Read ``--settings`` or ``--heads``: a JSON object in a file.
-
-    Raises:
-        SettingsError: The file is missing or holds no JSON object.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise SettingsError(f"The file {file} does not exist.")
-    try:
-        content = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"{file} must hold a JSON object.")
-    return content.get(BLOCK, content)
+def _check_same_student(path: Path, existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to turn plans that may have been trained already into those of another student."""
+    recorded = {"width": 1.0, "min_features": MIN_FEATURES, **existing["student"]}
+    given = wanted["student"]
+    changed = [f"{key} {recorded[key]}, now {given[key]}" for key in given if recorded[key] != given[key]]
+    if settings_of(existing) != settings_of(wanted):
+        changed.append(f"settings {settings_of(existing)}, now {settings_of(wanted)}")
+    if changed:
+        joints = existing.get("member_of", [])
+        belongs = f" and belongs to {', '.join(joints)}" if joints else ""
+        raise JointDatasetError(
+            f"{path} exists{belongs} with another student ({'; '.join(changed)}). Choose another -plans_name."
+        )

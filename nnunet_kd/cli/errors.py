@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
@@ -20,7 +21,17 @@ def clear_errors(command: Callable[Parameters, None]) -> Callable[Parameters, No
         try:
             command(*args, **kwargs)
         except (NnUNetKDError, NotImplementedError) as error:
-            print(f"ERROR: {error}", file=sys.stderr)
-            sys.exit(2)
+            _stop(str(error))
+        except RuntimeError as error:
+            # nnU-Net's own message when one of its folders is asked for and not set
+            unset = re.match(r"(nnUNet_\w+) is not defined", str(error))
+            if unset is None:
+                raise
+            _stop(f"{unset[1]} is not set. Name nnU-Net's folder: export {unset[1]}=/path/to/{unset[1]}")
 
     return run
+
+
+def _stop(message: str) -> None:
+    print(f"ERROR: {message}", file=sys.stderr)
+    sys.exit(2)

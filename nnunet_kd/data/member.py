@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,15 +30,17 @@ def dataset_name(name_or_id: str | int) -> str:
         JointDatasetError: No dataset, or more than one, has this id.
     """
     text = str(name_or_id)
-    if text.startswith("Dataset"):
+    if re.fullmatch(r"Dataset\d{3}_.+", text):
         return text
-    if not text.isdigit():
+    if not re.fullmatch(r"\d{1,3}", text):
         raise JointDatasetError(f"'{text}' is neither a dataset id (301) nor a dataset name (Dataset301_Name).")
     candidates = [str(candidate) for candidate in find_candidate_datasets(int(text))]
     if not candidates:
+        unset = [name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results") if name not in os.environ]
+        hint = f" (not set: {', '.join(unset)})" if unset else ""
         raise JointDatasetError(
             f"There is no dataset with id {text} in nnUNet_raw, nnUNet_preprocessed or nnUNet_results. Check the id "
-            f"and the three environment variables."
+            f"and the three environment variables{hint}."
         )
     if len(candidates) > 1:
         raise JointDatasetError(f"Several datasets have the id {text}: {', '.join(candidates)}. Rename all but one.")
@@ -49,7 +53,7 @@ def read_json(path: Path, what_to_do: str) -> dict[str, Any]:
         raise JointDatasetError(f"{path} does not exist. {what_to_do}")
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise JointDatasetError(f"{path} is not valid JSON ({error}). {what_to_do}") from error
 
 
@@ -150,15 +154,25 @@ class Member:
         """The dataset's own splits_final.json."""
         return self.base_folder / "splits_final.json"
 
-    def state(self) -> dict[str, str]:
-        """Short hashes of everything that joint plans depend on: plans, dataset.json, cases, splits."""
-        plans = {key: value for key, value in self.plans.items() if key != "configurations"}
+    def state(self, cases: Sequence[str] | None = None) -> dict[str, str]:
+        """Short hashes of everything that joint plans depend on: plans, dataset.json, cases, splits.
+
+        Args:
+            cases: All cases, where they are not preprocessed yet.
+        """
         splits = json.loads(self.splits_file.read_text()) if self.splits_file.is_file() else None
+        return {
+            **self.planned_state(),
+            "cases": _hash(sorted(self.identifiers if cases is None else cases)),
+            "splits": _hash(splits),
+        }
+
+    def planned_state(self) -> dict[str, str]:
+        """The part of the state that a network's meaning depends on: plans and dataset.json."""
+        plans = {key: value for key, value in self.plans.items() if key != "configurations"}
         return {
             "plans": _hash([plans, self.configuration_manager.configuration]),
             "dataset.json": _hash([self.dataset_json["labels"], list(self.channel_names)]),
-            "cases": _hash(list(self.identifiers)),
-            "splits": _hash(splits),
         }
 
 

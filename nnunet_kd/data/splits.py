@@ -167,7 +167,7 @@ def _check_splits(member: str, splits: Iterable[Split], identifiers: Sequence[st
             raise JointDatasetError(
                 f"splits_final.json of {member} has {len(shared)} cases in fold {fold} that are both trained and "
                 f"validated on: {_some(shared)}. A joint teacher must not see validation cases. Correct the file, or "
-                f"move it away so that a new one is made; fold 'all' needs no file."
+                f"move it away so that a new one is made."
             )
 
 
@@ -195,7 +195,8 @@ def _need_enough(available: int, num_folds: int, what: str) -> None:
     if available < num_folds:
         raise JointDatasetError(
             f"There are {available} {what}, too few for {num_folds} folds. Write splits_final.json by hand into the "
-            f"dataset's folder in nnUNet_preprocessed, or train with fold 'all'."
+            f'dataset\'s folder in nnUNet_preprocessed, for example with one fold: [{{"train": [CASE, ...], "val": '
+            f"[CASE]}}]. Planning needs this file even if you train with fold 'all' only."
         )
 
 

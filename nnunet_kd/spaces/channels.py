@@ -42,7 +42,8 @@ def union(members: Mapping[str, Sequence[str]]) -> ChannelSpace:
         if repeated:
             raise JointDatasetError(
                 f"{member} has more than one channel named {_quoted(repeated)}. A joint teacher tells channels apart "
-                f"by name: give each channel a name of its own in the dataset.json of {member} and plan it again."
+                f"by name, and nnU-Net takes the normalisation from these names (CT, noNorm, zscore, rescale_to_0_1, "
+                f"rgb_to_0_1), so renaming them could change it. Such a dataset cannot join yet: leave {member} out."
             )
         names.update(dict.fromkeys(own))
     return ChannelSpace(tuple(names))

@@ -96,7 +96,52 @@ def test_missing_or_broken_plans_say_what_to_do(folder: Path) -> None:
         plan_student(DATASET, "Broken", "Half")
 
 
-@pytest.mark.parametrize(("content", "named"), [(None, "does not exist"), ("{", "not valid"), ("[1]", "JSON object")])
+def test_the_same_call_twice_changes_nothing_and_another_one_is_refused(folder: Path) -> None:
+    settings = {"training": {"num_epochs": 5}}
+    path = plan_student(DATASET, "nnUNetPlans", "Half", width=0.5, settings=settings)
+    before = path.read_text(), path.stat().st_mtime_ns
+    plan_student(DATASET, "nnUNetPlans", "Half", width=0.5, settings=settings)
+    others: list[dict[str, Any]] = [
+        {"width": 0.25, "settings": settings},
+        {"width": 0.5, "settings": settings, "min_features": 4},
+        {"width": 0.5, "settings": {"training": {"num_epochs": 6}}},
+        {"width": 0.5},
+    ]
+    for other in others:
+        with pytest.raises(JointDatasetError, match=r"another student .*Choose another -plans_name"):
+            plan_student(DATASET, "nnUNetPlans", "Half", **other)
+    assert (path.read_text(), path.stat().st_mtime_ns) == before
+
+
+def test_plans_of_a_joint_dataset_and_of_a_smaller_student_do_not_replace_each_other(folder: Path) -> None:
+    path = write_member_plans(DATASET, "nnUNetPlans", "nnUNetKDPlans", "Dataset900_Joint")
+    with pytest.raises(JointDatasetError, match=r"belongs to Dataset900_Joint .*width 1\.0, now 0\.5.*-plans_name"):
+        plan_student(DATASET, "nnUNetPlans", "nnUNetKDPlans", width=0.5)
+    plan_student(DATASET, "nnUNetPlans", "nnUNetKDPlans")
+    assert json.loads(path.read_text())["nnunet_kd"]["member_of"] == ["Dataset900_Joint"]
+    plan_student(DATASET, "nnUNetPlans", "Half", width=0.5)
+    with pytest.raises(JointDatasetError, match=r"student of width 0\.5. Choose another -plans_name"):
+        write_member_plans(DATASET, "nnUNetPlans", "Half", "Dataset900_Joint")
+
+
+def test_member_plans_keep_the_settings_in_their_block(folder: Path) -> None:
+    path = write_member_plans(DATASET, "nnUNetPlans", "nnUNetKDPlans", "Dataset900_Joint")
+    plans = json.loads(path.read_text())
+    plans["nnunet_kd"]["training"] = {"num_epochs": 7}
+    path.write_text(json.dumps(plans))
+    write_member_plans(DATASET, "nnUNetPlans", "nnUNetKDPlans", "Dataset901_Other")
+    block = json.loads(path.read_text())["nnunet_kd"]
+    assert block["training"] == {"num_epochs": 7}
+    assert block["member_of"] == ["Dataset900_Joint", "Dataset901_Other"]
+
+
+def test_settings_file_may_be_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("nnunet_kd:\n  training:\n    num_epochs: 5\n")
+    assert read_settings_file(str(file)) == {"training": {"num_epochs": 5}}
+
+
+@pytest.mark.parametrize(("content", "named"), [(None, "does not exist"), ("{", "not valid"), ("[1]", "an object")])
 def test_settings_file(tmp_path: Path, content: str | None, named: str) -> None:
     file = tmp_path / "settings.json"
     if content is not None:
