@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -98,3 +101,35 @@ def test_labels_are_replaced_and_outside_stays() -> None:
     assert sample["segmentation"].dtype == torch.int16
     assert sample["segmentation"][0].tolist() == [[-1, 0, 2], [1, 5, -1]]
     assert torch.equal(sample["segmentation"][1], second)  # the previous stage of a cascade speaks the member's labels
+
+
+# --- other processes --------------------------------------------------------------------------------------------------
+def reload_pickle(value: object) -> object:
+    return pickle.loads(pickle.dumps(value))
+
+
+def reload_torch(value: object) -> object:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("reload", [reload_pickle, reload_torch])
+@pytest.mark.parametrize(
+    "transform", [PadToMultipleTransform((4, 4)), MapLabelsTransform(torch.tensor([0, 2, 1]))], ids=["pad", "map"]
+)
+def test_a_transform_survives_the_way_to_a_worker(transform: object, reload: object) -> None:
+    image, segmentation = torch.randn(1, 5, 6), torch.randint(-1, 3, (1, 5, 6)).to(torch.int16)
+    before, after = (
+        own(image=image.clone(), segmentation=segmentation.clone()) for own in (transform, reload(transform))
+    )
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("reload", [reload_pickle, reload_torch])
+def test_a_joint_loader_goes_on_in_a_worker_where_it_was(reload: object) -> None:
+    joint = JointLoader({name: FakeLoader(name, 1) for name in "abc"}, None)
+    next(joint)
+    again = reload(joint)
+    assert [next(again)["member"] for _ in range(3)] == [next(joint)["member"] for _ in range(3)] == list("bca")
