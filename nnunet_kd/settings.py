@@ -213,6 +213,11 @@ def resolve_settings(*layers: Mapping[str, Any]) -> Settings:
     return parse_settings(merged)
 
 
+def without_terms(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer without what only students read, so that one settings file serves teacher, student and control."""
+    return {key: value for key, value in layer.items() if key not in ("teachers", "terms", "guard")}
+
+
 def _names(cls: type) -> str:
     return ", ".join(f.name for f in dataclasses.fields(cls))
 

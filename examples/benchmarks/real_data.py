@@ -6,10 +6,11 @@ Scenarios (architecture.md and the issue name them so):
   c  as b, but only 8 cases of Montgomery are labelled
   d  a half-width student of the hippocampus, taught by the teacher of a
   e  a weak teacher: 8 labelled hippocampus cases + nodules, a tenth of the budget
+  f  as e, but the teacher has most of its budget: poor instead of useless, which is harder to notice
 
 Every run is a real trainer on a real fold: the same plans, budget, fold and seed for control and student; the teacher's
-fold is the student's fold; its budget is the sum of its members' controls (a tenth of that in e). Dice is computed on
-the preprocessed grid without test-time mirroring. A finished run is not repeated.
+fold is the student's fold; its budget is the sum of its members' controls (a part of that in e and f). Dice is computed
+on the preprocessed grid without test-time mirroring. A finished run is not repeated.
 
     NNUNET_KD_DATA=.../nnUNet_raw python examples/benchmarks/real_data.py -o OUT --folds 0 1 --seeds 0 1
 """
@@ -46,6 +47,7 @@ class Scenario:
     teacher_budget: float = 1.0
     student_width: float = 1.0
     teacher_of: str | None = None
+    control_of: str | None = None
     test_on: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -56,6 +58,14 @@ SCENARIOS = {
     "c": Scenario("2d", (MONTGOMERY, SHENZHEN), (MONTGOMERY,), few_labels=MONTGOMERY, test_on=BOTH_SITES),
     "d": Scenario("3d_fullres", (HIPPOCAMPUS, NODULE, GLIOMA), (HIPPOCAMPUS,), student_width=0.5, teacher_of="a"),
     "e": Scenario("3d_fullres", (HIPPOCAMPUS, NODULE), (HIPPOCAMPUS,), few_labels=HIPPOCAMPUS, teacher_budget=0.1),
+    "f": Scenario(
+        "3d_fullres",
+        (HIPPOCAMPUS, NODULE),
+        (HIPPOCAMPUS,),
+        few_labels=HIPPOCAMPUS,
+        teacher_budget=0.8,
+        control_of="e",
+    ),
 }
 TRAINERS = {kind: f"nnUNetTrainerKD{kind.capitalize()}" for kind in ("teacher", "control", "student")}
 
@@ -148,7 +158,7 @@ def prepare(root: Path, names: list[str]) -> None:
 
 def joint_id(scenario: str) -> str:
     """Joint dataset of a scenario."""
-    return str(900 + "abcde".index(SCENARIOS[scenario].teacher_of or scenario))
+    return str(900 + "abcdef".index(SCENARIOS[scenario].teacher_of or scenario))
 
 
 def preprocessed_folder(scenario: str) -> str:
@@ -207,7 +217,9 @@ def plan_runs(names: list[str], folds: list[int], seeds: list[int], variant: str
                 if teacher not in teachers:
                     teachers.append(teacher)
                 for dataset in scenario.students:
-                    others.append(Run(name, "control", dataset, fold, seed))
+                    control = Run(scenario.control_of or name, "control", dataset, fold, seed)
+                    if control not in others:
+                        others.append(control)
                     others.append(Run(name, "student", dataset, fold, seed, variant))
     return teachers, others
 
@@ -315,8 +327,8 @@ def collect(root: Path, names: list[str], folds: list[int], seeds: list[int]) ->
             continue
         for name in names:
             scenario = SCENARIOS[name]
-            own = run.scenario == name or (run.kind == "teacher" and run.scenario == scenario.teacher_of)
-            if not own:
+            borrowed = {"teacher": scenario.teacher_of, "control": scenario.control_of}.get(run.kind)
+            if run.scenario not in (name, borrowed):
                 continue
             for row in content["rows"]:
                 if run.kind == "teacher" and row["tested_on"] not in (*scenario.students, *scenario.test_on):

@@ -225,6 +225,14 @@ class JointDataset:
             start = stop
 
 
+def changes(trained: Mapping[str, Any], plans: Mapping[str, Any], configuration: str) -> list[str]:
+    """What makes a network trained under the joint plans ``trained`` mean something else under ``plans``."""
+    blocks = [JointDataset.from_plans(content).signature(configuration) for content in (trained, plans)]
+    changed = [part for part in blocks[0] if blocks[0][part] != blocks[1][part]]
+    architectures = [content["configurations"][configuration]["architecture"] for content in (trained, plans)]
+    return changed + (["architecture"] if architectures[0] != architectures[1] else [])
+
+
 def find_joint_datasets(member: str, plans_name: str | None = None) -> list[tuple[JointDataset, str]]:
     """All joint datasets that name ``member``, as (joint dataset, plans name), sorted.
 

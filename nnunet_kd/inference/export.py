@@ -19,12 +19,19 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_kd.data.joint_network import build_joint_network
-from nnunet_kd.data.member import Member
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.files import write_json
-from nnunet_kd.inference.plain_model import PlainModel, choose_member, plain_member_model, plain_single_model
+from nnunet_kd.inference.plain_model import (
+    PlainModel,
+    choose_member,
+    expand_outputs,
+    in_own_labels,
+    plain_member_model,
+    plain_single_model,
+)
 from nnunet_kd.inference.predict import refuse_head
 from nnunet_kd.inference.trained_model import Fold, TrainedModel
+from nnunet_kd.settings import BLOCK
 from nnunet_kd.teachers.checkpoint import load_checkpoint
 
 CHECKPOINT = "checkpoint_final.pth"
@@ -49,7 +56,7 @@ def export_model(
     Args:
         model: A student, control or stock model; or a joint teacher, of which one head is written.
         output: A folder that does not exist or is empty.
-        head: Joint teacher only: the member or head to write.
+        head: Joint teacher only: the member to write in its own labels, or the head to write in its labels.
         member: Joint teacher only: the member whose images are predicted, where several share the head.
 
     Returns:
@@ -68,9 +75,9 @@ def export_model(
         plain = plain_single_model(model)
         fingerprint = model.folder / FINGERPRINT
     else:
-        plain = plain_member_model(model, choose_member(joint, head, member))
+        plain = plain_member_model(model, choose_member(joint, head, member), in_own_labels(joint, head))
         assert plain.member is not None
-        fingerprint = Member(plain.member, joint.members[plain.member].plans, "").base_folder / FINGERPRINT
+        fingerprint = Path(os.environ.get("nnUNet_preprocessed", "")) / plain.member / FINGERPRINT
     with _folder_in_the_making(folder) as temporary:
         write_plain_model(plain, temporary, fingerprint)
         return verify(model, plain, temporary)
@@ -100,6 +107,8 @@ def write_plain_model(plain: PlainModel, folder: Path, fingerprint: Path | None 
             },
             "inference_allowed_mirroring_axes": plain.mirroring_axes,
         }
+        if fold in plain.training_cases:  # plain names, which stock nnU-Net does not look at
+            checkpoint[BLOCK] = {"training_cases": plain.training_cases[fold]}
         (folder / f"fold_{fold}").mkdir()
         torch.save(checkpoint, folder / f"fold_{fold}" / CHECKPOINT)
 
@@ -117,7 +126,7 @@ def verify(model: TrainedModel, plain: PlainModel, folder: Path) -> Verification
     for fold, weights in zip(plain.weights, predictor.list_of_parameters, strict=True):
         trained.load_state_dict(load_checkpoint(model.files[fold])["network_weights"])
         predictor.network.load_state_dict(weights)
-        differences[fold] = largest_difference(trained, predictor.network, shape)
+        differences[fold] = largest_difference(in_labels_of(plain, trained), predictor.network, shape)
     allowed = MAX_DIFFERENCE if plain.member is not None else 0.0
     wrong = [f"fold {fold} {value:.3g}" for fold, value in differences.items() if value > allowed]
     if wrong:
@@ -127,6 +136,14 @@ def verify(model: TrainedModel, plain: PlainModel, folder: Path) -> Verification
             f"report this."
         )
     return Verification(shape, differences)
+
+
+def in_labels_of(plain: PlainModel, trained: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The trained network with its shared head's logits in the member's labels, if the plain model speaks in these."""
+    label_map = plain.label_map
+    if label_map is None:
+        return trained
+    return lambda image: expand_outputs(trained(image), label_map, lower=True, axis=1)
 
 
 @torch.no_grad()

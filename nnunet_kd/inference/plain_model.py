@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -25,6 +26,7 @@ from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.inference.trained_model import Fold, TrainedModel
 from nnunet_kd.networks.joint import Route, input_convolution
 from nnunet_kd.settings import BLOCK
+from nnunet_kd.spaces.labels import EXCLUDED_MARGIN, LabelMap
 
 STOCK_NETWORKS = "dynamic_network_architectures."
 
@@ -40,6 +42,8 @@ class PlainModel:
         weights: ``state_dict`` of the stock network per fold.
         mirroring_axes: Axes that test-time mirroring may flip; None if there are none.
         member: The joint teacher's member whose view this is; None for a model of one dataset.
+        label_map: From the member's labels to its shared head's, where the outputs are the member's labels.
+        training_cases: What each fold recorded of the cases that it has seen, so that it cannot teach across a leak.
     """
 
     plans: dict[str, Any]
@@ -48,6 +52,8 @@ class PlainModel:
     weights: dict[Fold, dict[str, Tensor]]
     mirroring_axes: tuple[int, ...] | None
     member: str | None = None
+    label_map: LabelMap | None = None
+    training_cases: dict[Fold, dict[str, list[str]]] = field(default_factory=dict)
 
     @property
     def plans_manager(self) -> PlansManager:
@@ -108,34 +114,46 @@ def choose_member(joint: JointDataset, head: str | None, member: str | None = No
     return member or fitting[0]
 
 
+def in_own_labels(joint: JointDataset, head: str | None) -> bool:
+    """Whether ``head`` names a member, which speaks in its own labels, and not a head that several share."""
+    return head is not None and _full_name(joint, head) in joint.members
+
+
 def _full_name(joint: JointDataset, name: str) -> str:
     """A member's full name where ``name`` is its dataset id."""
     return next((m for m in joint.members if name.isdigit() and m.startswith(f"Dataset{int(name):03d}_")), name)
 
 
-def plain_member_model(model: TrainedModel, member_name: str) -> PlainModel:
-    """A joint teacher's member as a plain model, in the label space of the member's head.
+def plain_member_model(model: TrainedModel, member_name: str, own_labels: bool) -> PlainModel:
+    """A joint teacher's member as a plain model.
+
+    Its labels are the member's own, or with ``own_labels`` false those of its head; they differ where members share a
+    head. Of the member's labels that share one of the head's, the first speaks for all.
 
     The joint network pads the member's patch with zeros to a multiple of its strides; a stock network cannot, so the
     patch itself becomes that large and is filled with image instead.
 
     Raises:
-        NotImplementedError: A cascade with a shared head.
+        NotImplementedError: A cascade in the labels of a shared head.
     """
     joint = model.joint
     assert joint is not None
-    weights, configuration, _, mirroring_axes = _load(model)
+    weights, configuration, _, mirroring_axes, training_cases = _load(model)
     member = joint.recorded_member(member_name, configuration)
     teacher = PlansManager(model.plans).get_configuration(configuration)
     cascaded = teacher.previous_stage_name is not None
     plans = _member_plans(member, teacher)
     plans["plans_name"] = model.plans["plans_name"]
-    dataset_json = _head_dataset_json(joint, member, cascaded)
-    plain = PlainModel(plans, dataset_json, configuration, {}, mirroring_axes, member_name)
+    label_map = joint.head_map(member_name)
+    if own_labels or label_map is None:
+        dataset_json = without_block(member.dataset_json)
+    else:
+        dataset_json, label_map = _head_dataset_json(joint, member, cascaded), None
+    plain = PlainModel(plans, dataset_json, configuration, {}, mirroring_axes, member_name, label_map, training_cases)
     route = joint.routes(cascaded)[member_name]
     network = plain.build_network()
     for fold in list(weights):
-        plain.weights[fold] = slice_weights(weights.pop(fold), network, route)
+        plain.weights[fold] = slice_weights(weights.pop(fold), network, route, label_map)
     return plain
 
 
@@ -146,13 +164,18 @@ def plain_single_model(model: TrainedModel) -> PlainModel:
         NnUNetKDError: Its trainer is not installed, or builds a network that stock nnU-Net does not.
     """
     plans, dataset_json = without_block(model.plans), without_block(model.dataset_json)
-    weights, configuration, trainer_name, mirroring_axes = _load(model)
+    weights, configuration, trainer_name, mirroring_axes, training_cases = _load(model)
     check_stock_network(plans, configuration, trainer_name)
-    return PlainModel(plans, dataset_json, configuration, weights, mirroring_axes)
+    return PlainModel(plans, dataset_json, configuration, weights, mirroring_axes, training_cases=training_cases)
 
 
-def _load(model: TrainedModel) -> tuple[dict[Fold, dict[str, Tensor]], str, str, tuple[int, ...] | None]:
-    """Weights per fold; configuration, trainer name and mirroring axes of the first fold, as stock prediction does."""
+def _load(
+    model: TrainedModel,
+) -> tuple[dict[Fold, dict[str, Tensor]], str, str, tuple[int, ...] | None, dict[Fold, dict[str, list[str]]]]:
+    """Weights per fold; configuration, trainer name and mirroring axes of the first fold, as stock prediction does.
+
+    Last the recorded training cases of the folds that have them.
+    """
     checkpoints = {fold: model.load(fold) for fold in model.files}
     first = next(iter(checkpoints.values()))
     return (
@@ -160,6 +183,11 @@ def _load(model: TrainedModel) -> tuple[dict[Fold, dict[str, Tensor]], str, str,
         first["init_args"]["configuration"],
         first["trainer_name"],
         first.get("inference_allowed_mirroring_axes"),
+        {
+            fold: checkpoint[BLOCK]["training_cases"]
+            for fold, checkpoint in checkpoints.items()
+            if "training_cases" in checkpoint.get(BLOCK, {})
+        },
     )
 
 
@@ -185,13 +213,16 @@ def check_stock_network(plans: dict[str, Any], configuration: str, trainer_name:
         )
 
 
-def slice_weights(weights: Mapping[str, Tensor], network: nn.Module, route: Route) -> dict[str, Tensor]:
+def slice_weights(
+    weights: Mapping[str, Tensor], network: nn.Module, route: Route, label_map: LabelMap | None = None
+) -> dict[str, Tensor]:
     """The joint network's weights as those of a member's stock network.
 
     Args:
         weights: ``state_dict`` of the joint network.
         network: The member's stock network; shows under which names the first convolution is stored.
         route: The member's input channels and output slice.
+        label_map: From the member's labels to the head's, if the outputs shall be the member's labels.
 
     Returns:
         ``state_dict`` of ``network``; tensors that are not sliced are shared with ``weights``.
@@ -203,10 +234,33 @@ def slice_weights(weights: Mapping[str, Tensor], network: nn.Module, route: Rout
         if key in inputs:
             sliced[key] = value[:, list(route.channels)].clone()
         elif key.startswith("decoder.seg_layers."):
-            sliced[key] = value[route.start : route.stop].clone()
+            head = value[route.start : route.stop].clone()
+            sliced[key] = head if label_map is None else expand_outputs(head, label_map, key.endswith(".bias"))
         else:
             sliced[key] = value
     return sliced
+
+
+def expand_outputs(values: Tensor, label_map: LabelMap, lower: bool, axis: int = 0) -> Tensor:
+    """Outputs of a shared head as those of a member's labels.
+
+    Args:
+        values: Weights, biases or logits with the head's channels along ``axis``.
+        label_map: From the member's labels to the head's.
+        lower: Lower the labels that do not speak, which is due to biases and logits but not to weights.
+        axis: The axis of the channels.
+
+    Returns:
+        The same with the member's labels along ``axis``. The first label of each class of the head gets its values; any
+        other label those of the background less a margin, so that it is never the most probable one.
+    """
+    speaking = {group[0]: channel for channel, group in enumerate(label_map.groups) if group}
+    labels = range(label_map.source.num_channels)
+    expanded = values.index_select(axis, torch.tensor([speaking.get(label, 0) for label in labels]))
+    silent = [label for label in labels if label not in speaking]
+    if lower and silent:
+        expanded.movedim(axis, 0)[silent] -= EXCLUDED_MARGIN
+    return expanded
 
 
 def without_block(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_kd.errors import NnUNetKDError
-from nnunet_kd.inference.plain_model import choose_member, plain_member_model
+from nnunet_kd.inference.plain_model import choose_member, in_own_labels, plain_member_model
 from nnunet_kd.inference.trained_model import TrainedModel
 
 
@@ -17,7 +17,7 @@ def initialize_predictor(
     Args:
         predictor: A stock predictor.
         model: A joint teacher, or any trained nnU-Net.
-        head: Joint teacher only: the member or head to predict.
+        head: Joint teacher only: the member to predict in its own labels, or the head to predict in its labels.
         member: Joint teacher only: the member whose images are given, where several share the head.
 
     Raises:
@@ -32,7 +32,7 @@ def initialize_predictor(
         names = {file.name for file in model.files.values()}
         predictor.initialize_from_trained_model_folder(str(model.folder), tuple(model.files), names.pop())
         return
-    plain = plain_member_model(model, choose_member(joint, head, member))
+    plain = plain_member_model(model, choose_member(joint, head, member), in_own_labels(joint, head))
     predictor.manual_initialization(
         plain.build_network(),
         plain.plans_manager,

@@ -10,7 +10,7 @@ from typing import Any
 from nnunet_kd.data.joint import JointDataset
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.settings import BLOCK
-from nnunet_kd.teachers.checkpoint import load_checkpoint, model_folder, read_model_json
+from nnunet_kd.teachers.checkpoint import check_joint_plans, load_checkpoint, model_folder, read_model_json
 
 Fold = int | str
 
@@ -33,9 +33,12 @@ class TrainedModel:
         """Read one fold's checkpoint to the CPU without executing anything in it.
 
         Raises:
-            TeacherError: The file is corrupted, or holds foreign code.
+            TeacherError: The file is corrupted, holds foreign code, or was trained under other joint plans.
         """
-        return load_checkpoint(self.files[fold])
+        checkpoint = load_checkpoint(self.files[fold])
+        if self.joint is not None:
+            check_joint_plans(self.files[fold], checkpoint, self.plans)
+        return checkpoint
 
 
 def open_model(

@@ -112,10 +112,7 @@ class JointUNet(nn.Module):
             if self.decoder.deep_supervision:
                 raise ValueError(f"A training patch must be a multiple of {self.multiple}, not {tuple(shape)}.")
             outputs = [crop(outputs[0], shape)]
-            features = [
-                crop(feature, [-(-size // step) for size, step in zip(shape, stage.stride, strict=True)])
-                for feature, stage in zip(features, stages, strict=True)
-            ]
+            features = crop_features(features, stages, shape)
         return outputs, features
 
     def joint_logits(self, logits: Tensor) -> Tensor:
@@ -145,3 +142,11 @@ def crop(image: Tensor, shape: Sequence[int]) -> Tensor:
     """Keep the first ``shape`` voxels of [B, C, *S]."""
     kept: tuple[Any, ...] = (..., *(slice(0, size) for size in shape))
     return image[kept]
+
+
+def crop_features(features: Sequence[Tensor], stages: Sequence[Stage], shape: Sequence[int]) -> list[Tensor]:
+    """Keep of each stage's features [B, C, *S / stride] what covers an unpadded image of ``shape``."""
+    return [
+        crop(feature, [-(-size // step) for size, step in zip(shape, stage.stride, strict=True)])
+        for feature, stage in zip(features, stages, strict=True)
+    ]

@@ -20,6 +20,9 @@ from nnunet_kd.errors import LabelSpaceError
 
 BACKGROUND = "background"
 IGNORE = "ignore"
+# Where labels of a member have no voice of their own: below the background's or the lowest logit of the voxel. Never
+# chosen, and small enough for nnU-Net, which adds up ten times the logits of overlapping patches in float16.
+EXCLUDED_MARGIN = 20.0
 ABSENT_LOGIT = -1e4  # relative to the logsumexp of all classes; its probability is exactly 0 in float32
 
 

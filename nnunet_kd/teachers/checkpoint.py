@@ -12,6 +12,7 @@ import torch
 from nnunetv2.paths import nnUNet_results
 from numpy._core import multiarray
 
+from nnunet_kd.data.joint import changes
 from nnunet_kd.data.member import read_json
 from nnunet_kd.errors import JointDatasetError, TeacherError
 
@@ -21,6 +22,8 @@ SAFE_GLOBALS: list[Any] = [
     np.ndarray,
     multiarray.scalar,
     multiarray._reconstruct,
+    (multiarray.scalar, "numpy.core.multiarray.scalar"),  # as numpy 1 named them
+    (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
     *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1", "U1")},
 ]
 
@@ -86,6 +89,22 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     if missing:
         raise TeacherError(f"{file} is no nnU-Net checkpoint: it lacks {', '.join(sorted(missing))}.")
     return checkpoint
+
+
+def check_joint_plans(file: Path, checkpoint: dict[str, Any], plans: dict[str, Any]) -> None:
+    """Refuse a joint teacher's fold that was trained under other joint plans than its folder's plans.json.
+
+    Raises:
+        TeacherError: Its channels, heads, members or architecture are others.
+    """
+    trained = checkpoint["init_args"].get("plans")
+    changed = [] if trained is None else changes(trained, plans, checkpoint["init_args"]["configuration"])
+    if changed:
+        raise TeacherError(
+            f"{file} was trained under other joint plans than {file.parents[1] / 'plans.json'} ({', '.join(changed)} "
+            f"changed), so its channels and heads would be mixed up. Train this fold again, or put back the plans.json "
+            f"of its training."
+        )
 
 
 def _unreadable(file: Path, error: Exception) -> TeacherError:

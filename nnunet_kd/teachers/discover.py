@@ -57,10 +57,14 @@ def discover_joint_teacher(
             f"No trained teacher for {dataset} {configuration} fold {fold}. Train one first:\n" + "\n".join(commands)
         )
     if len(trained) > 1:
-        names = ", ".join(name for name, _ in trained)
+        names = {name for name, _ in trained}
+        example = f'"joint": "{trained[0][0]}"' if len(names) > 1 else (
+            f'"teachers": {{"joint": {{"model": "{trained[0][1]}"}}}}'
+        )
         raise TeacherError(
-            f"Several joint datasets have a trained teacher for {dataset} {configuration} fold {fold}: {names}. "
-            f"Name one in the settings, for example nnUNetKD_settings='{{\"joint\": \"{trained[0][0]}\"}}'."
+            f"Several joint teachers are trained for {dataset} {configuration} fold {fold}: "
+            f"{', '.join(model for _, model in trained)}. Name one in the settings, for example "
+            f"nnUNetKD_settings='{{{example}}}'."
         )
     return {"joint": trained[0][0], "teachers": {"joint": {"model": trained[0][1]}}}
 

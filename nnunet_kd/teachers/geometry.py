@@ -78,8 +78,9 @@ def input_map(
 ) -> InputMap:
     """Work out the map between two plans.
 
-    Channels are matched by name. Equal schemes that do not depend on statistics need no map; CT normalisation is affine
-    between two sets of statistics (with the teacher's clipping); spacing is interpolated.
+    Channels are matched by name, and in order where several have one name (as those of an RGB image). Equal schemes
+    that do not depend on statistics need no map; CT normalisation is affine between two sets of statistics (with the
+    teacher's clipping); spacing is interpolated.
 
     Raises:
         TeacherError: A channel that the teacher needs is missing, the schemes differ, the axes are ordered differently,
@@ -95,12 +96,15 @@ def input_map(
         )
     channels = []
     for t, name in enumerate(teacher_channels):
-        if name not in student_channels:
+        same = [index for index, own in enumerate(student_channels) if own == name]
+        earlier = list(teacher_channels[:t]).count(name)
+        if earlier >= len(same):
+            often = f" {earlier + 1} times" if earlier else ""
             raise TeacherError(
-                f"The teacher needs the channel '{name}', but the student's channels are "
+                f"The teacher needs the channel '{name}'{often}, but the student's channels are "
                 f"{', '.join(student_channels)}. Rename the channel in dataset.json if it is the same one."
             )
-        s = list(student_channels).index(name)
+        s = same[earlier]
         channels.append(_channel_map(name, s, student_plans, student, t, teacher_plans, teacher))
     zoom = tuple(float(a) / float(b) for a, b in zip(student.spacing, teacher.spacing, strict=True))
     return InputMap(tuple(channels), tuple(1.0 if abs(factor - 1) < 1e-3 else factor for factor in zoom))

@@ -19,13 +19,19 @@ from torch import Tensor, nn
 from nnunet_kd.data.joint import JointDataset
 from nnunet_kd.data.splits import fold_cases
 from nnunet_kd.errors import LabelSpaceError, LeakageError, TeacherError
-from nnunet_kd.networks.joint import JointUNet, Route, crop, pad_to_multiple
+from nnunet_kd.networks.joint import JointUNet, Route, crop, crop_features, pad_to_multiple
 from nnunet_kd.networks.taps import Stage, encoder_strides, find_stage, forward_unet
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.settings import Teacher as TeacherSettings
 from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.spaces.labels import LabelSpace, match_label_spaces
-from nnunet_kd.teachers.checkpoint import checkpoint_file, load_checkpoint, model_folder, read_model_json
+from nnunet_kd.teachers.checkpoint import (
+    check_joint_plans,
+    checkpoint_file,
+    load_checkpoint,
+    model_folder,
+    read_model_json,
+)
 from nnunet_kd.teachers.geometry import ChannelMap, InputMap, input_map
 from nnunet_kd.teachers.output import TeacherOutput
 
@@ -82,9 +88,7 @@ class NNUNetTeacher:
         self.plans = read_model_json(self.folder, "plans.json")
         self.dataset_json = read_model_json(self.folder, "dataset.json")
         self.plans_manager = PlansManager(self.plans)
-        self.configuration_name = self.folder.name.split("__")[-1]
-        if self.configuration_name not in self.plans["configurations"]:
-            raise TeacherError(f"Teacher '{name}': {self.folder} must be named TRAINER__PLANS__CONFIGURATION.")
+        self.trainer_name, self.configuration_name = self._trainer_and_configuration()
         self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
         self.joint = JointDataset.from_plans(self.plans) if "members" in self.plans.get(BLOCK, {}) else None
         self.route: Route | None = None
@@ -100,6 +104,7 @@ class NNUNetTeacher:
             raise LabelSpaceError(f"Teacher '{name}' in {self.folder}: {error}") from error
         self.networks: list[Any] = []
         self.stages: dict[str, Stage] = {}
+        self.training_cases: dict[str, set[str]] = {}
         self.leaked_cases: list[str] = []
         self.precision_note = ""
         self._use_bf16 = False
@@ -112,6 +117,20 @@ class NNUNetTeacher:
         if fold == "same":
             return [self.student.fold]
         return list(fold) if isinstance(fold, list) else [fold]
+
+    def _trainer_and_configuration(self) -> tuple[str, str]:
+        """From the folder's name TRAINER__PLANS__CONFIGURATION, or where it was renamed from its first checkpoint."""
+        parts = self.folder.name.split("__")
+        if len(parts) == 3 and parts[2] in self.plans["configurations"]:
+            return parts[0], parts[2]
+        checkpoint = load_checkpoint(self.files[0])
+        configuration = checkpoint["init_args"]["configuration"]
+        if configuration not in self.plans["configurations"]:
+            raise TeacherError(
+                f"Teacher '{self.name}': {self.files[0]} was trained in {configuration}, which {self.folder}/plans.json "
+                f"does not have. Give the model folder as nnU-Net wrote it."
+            )
+        return checkpoint["trainer_name"], configuration
 
     def _single_dataset(self) -> tuple[LabelSpace, InputMap]:
         if self.settings.head is not None:
@@ -186,7 +205,13 @@ class NNUNetTeacher:
 
     def build_network(self) -> nn.Module:
         """The teacher's network without weights, deep supervision off."""
-        trainer = recursive_find_trainer_class_by_name(self.folder.name.split("__")[0])
+        try:
+            trainer = recursive_find_trainer_class_by_name(self.trainer_name)
+        except RuntimeError as error:
+            raise TeacherError(
+                f"The trainer {self.trainer_name} of teacher '{self.name}' in {self.folder} is not installed, so its "
+                f"network cannot be built. Put the folder that holds it into nnUNet_extTrainer."
+            ) from error
         num_inputs = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
         # A student starts from the weights and sees the batches of its control, so a teacher must draw no numbers.
         with torch.random.fork_rng(devices=[]):
@@ -207,8 +232,16 @@ class NNUNetTeacher:
         network = self.build_network() if network is None else network
         return {level: find_stage(network, level) for level in levels}
 
-    def load(self, device: torch.device, levels: Sequence[str], compile_network: bool) -> None:
+    def load(
+        self, device: torch.device, levels: Sequence[str], compile_network: bool, validation_cases: Sequence[str]
+    ) -> None:
         """Read the weights of every fold to ``device`` and refuse leakage.
+
+        Args:
+            device: Where to teach.
+            levels: Levels whose features are wanted.
+            compile_network: Whether to compile the forward pass.
+            validation_cases: Cases of the student's dataset that no fold may have seen.
 
         Raises:
             TeacherError: A checkpoint is broken, or does not match the plans.
@@ -216,7 +249,9 @@ class NNUNetTeacher:
         """
         for file in self.files:
             checkpoint = load_checkpoint(file)
-            self._check_leakage(file, checkpoint)
+            self._check_leakage(file, checkpoint, set(validation_cases))
+            if self.joint is not None:
+                check_joint_plans(file, checkpoint, self.plans)
             network = self.build_network()
             try:
                 network.load_state_dict(checkpoint["network_weights"])
@@ -231,9 +266,10 @@ class NNUNetTeacher:
         if self.settings.precision == "auto" and device.type == "cpu":
             self._bf16_undecided = _cpu_has_bf16()
 
-    def _check_leakage(self, file: Path, checkpoint: dict[str, Any]) -> None:
-        validation = self._student_validation_cases()
-        seen = sorted(validation & self._training_cases(file, checkpoint))
+    def _check_leakage(self, file: Path, checkpoint: dict[str, Any], validation_cases: set[str]) -> None:
+        for dataset, cases in self._training_cases(file, checkpoint).items():
+            self.training_cases.setdefault(dataset, set()).update(cases)
+        seen = sorted(validation_cases & self._training_cases(file, checkpoint).get(self.student.dataset, set()))
         if seen and not self.settings.allow_leakage:
             raise LeakageError(
                 f"Teacher '{self.name}' ({file}) was trained on {len(seen)} validation cases of {self.student.dataset} "
@@ -243,22 +279,15 @@ class NNUNetTeacher:
             )
         self.leaked_cases += seen
 
-    def _student_validation_cases(self) -> set[str]:
-        if self.student.fold == "all":
-            return set()
-        file = Path(str(nnUNet_preprocessed)) / self.student.dataset / "splits_final.json"
-        return _cases_of_fold(file, self.student.fold)[1]
-
-    def _training_cases(self, file: Path, checkpoint: dict[str, Any]) -> set[str]:
-        """Cases of the student's dataset that this checkpoint was trained on."""
+    def _training_cases(self, file: Path, checkpoint: dict[str, Any]) -> dict[str, set[str]]:
+        """Cases that this checkpoint was trained on, itself or through its own teachers, per dataset."""
         recorded = checkpoint.get(BLOCK, {}).get("training_cases")
         if recorded is not None:
-            return set(recorded.get(self.student.dataset, []))
-        if self.plans_manager.dataset_name != self.student.dataset:
-            return set()
-        splits_file = Path(str(nnUNet_preprocessed)) / self.student.dataset / "splits_final.json"
+            return {dataset: set(cases) for dataset, cases in recorded.items()}
+        dataset = self.plans_manager.dataset_name
         fold = file.parent.name.removeprefix("fold_")
-        return _cases_of_fold(splits_file, fold if fold == "all" else int(fold))[0]
+        splits_file = Path(str(nnUNet_preprocessed)) / dataset / "splits_final.json"
+        return {dataset: _training_cases_of_fold(splits_file, fold if fold == "all" else int(fold))}
 
     # ---- teaching ---------------------------------------------------------------------------------------------------
 
@@ -332,17 +361,16 @@ class _TeacherForward(nn.Module):
             return self.network(image), []
         padded = pad_to_multiple(image, encoder_strides(self.network)[-1])
         outputs, features = forward_unet(self.network, padded, self.stages)
-        return crop(outputs[0], image.shape[2:]), features
+        return crop(outputs[0], image.shape[2:]), crop_features(features, self.stages, image.shape[2:])
 
 
-def _cases_of_fold(splits_file: Path, fold: int | str) -> tuple[set[str], set[str]]:
-    """Training and validation cases by nnU-Net's rules; nothing where the splits are not known."""
+def _training_cases_of_fold(splits_file: Path, fold: int | str) -> set[str]:
+    """Training cases by nnU-Net's rules; nothing where the splits are not known."""
     if not splits_file.is_file():
-        return set(), set()
+        return set()
     splits = json.loads(splits_file.read_text())
     identifiers = sorted({case for split in splits for side in split.values() for case in side})
-    training, validation = fold_cases(splits, fold, identifiers)
-    return set(training), set(validation)
+    return set(fold_cases(splits, fold, identifiers)[0])
 
 
 def _cpu_has_bf16() -> bool:

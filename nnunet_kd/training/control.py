@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nnunet_kd.settings import BLOCK, Settings, read_user_settings, resolve_settings
+from nnunet_kd.settings import BLOCK, Settings, read_user_settings, resolve_settings, without_terms
 from nnunet_kd.training.base import KDTrainer
 
 
@@ -12,7 +12,5 @@ class nnUNetTrainerKDControl(KDTrainer):
     def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
         """Keep only the budget, but refuse keys that no trainer knows."""
         del configuration, fold
-        layers = (plans.get(BLOCK, {}), read_user_settings())
-        of_students = ("teachers", "terms")
-        known = resolve_settings(*({k: v for k, v in layer.items() if k not in of_students} for layer in layers))
+        known = resolve_settings(*(without_terms(layer) for layer in (plans.get(BLOCK, {}), read_user_settings())))
         return Settings(training=known.training)

@@ -7,11 +7,7 @@ from typing import Any
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
-from nnunet_kd.spaces.labels import LabelMap
-
-# Below the lowest logit of the voxel: never chosen, and small enough for nnU-Net, which adds up ten times the logits of
-# overlapping patches in float16. Its probability is at most exp(-20).
-EXCLUDED_MARGIN = 20.0
+from nnunet_kd.spaces.labels import EXCLUDED_MARGIN, LabelMap
 
 
 class MemberView(nn.Module):

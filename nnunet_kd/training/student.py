@@ -126,10 +126,15 @@ class nnUNetTrainerKDStudent(KDTrainer):
             self.initialize()
         if not hasattr(self, "teachers"):
             self.teachers = self._make_teachers()
-        self.do_split()  # writes a missing splits_final.json, which tells the teachers what they must not have seen
+        training_cases, validation_cases = self.do_split()
+        if self.fold == "all":
+            validation_cases = []  # there are none that training leaves out
+        self.seen_cases = {self.plans_manager.dataset_name: set(training_cases)}
         for name, teacher in self.teachers.items():
             levels = sorted({level for t in self.settings.terms if t.teacher == name for level in t.levels})
-            teacher.load(self.device, levels, self._do_i_compile())
+            teacher.load(self.device, levels, self._do_i_compile(), validation_cases)
+            for dataset, cases in teacher.training_cases.items():
+                self.seen_cases.setdefault(dataset, set()).update(cases)
             self._say_what_is_taught(name, teacher)
         self.loss: Any = self._distillation_loss(self.loss)
         for name, counts in getattr(self, "restored_competence", {}).items():
@@ -220,10 +225,11 @@ class nnUNetTrainerKDStudent(KDTrainer):
     # ---- checkpoint ----
 
     def checkpoint_extra(self) -> dict[str, Any]:
-        """Also the projectors' shapes, the competence, and where the teachers came from."""
+        """Also the projectors' shapes, the competence, where the teachers came from, and all that they have seen."""
         extra = super().checkpoint_extra()
         extra["projector_shapes"] = {name: list(shape) for name, shape in (self.projector_shapes or {}).items()}
         if isinstance(self.loss, DistillationLoss):
+            extra["training_cases"] = {dataset: sorted(cases) for dataset, cases in self.seen_cases.items()}
             extra["competence"] = {name: value.counts for name, value in self.loss.competence.items()}
             extra["teachers"] = {
                 name: {"files": [str(file) for file in teacher.files], "leaked_cases": teacher.leaked_cases}

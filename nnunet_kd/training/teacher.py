@@ -26,16 +26,16 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed, nn
 
-from nnunet_kd.data.joint import JointDataset
+from nnunet_kd.data.joint import JointDataset, changes
 from nnunet_kd.data.joint_network import build_joint_network
 from nnunet_kd.data.loader import JointLoader, MapLabelsTransform, PadToMultipleTransform, member_probabilities
-from nnunet_kd.data.member import Member
+from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.environment import environment
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
 from nnunet_kd.networks.joint import JointUNet
 from nnunet_kd.networks.taps import find_stage
-from nnunet_kd.settings import BLOCK, Settings
+from nnunet_kd.settings import BLOCK, Settings, read_user_settings, resolve_settings, without_terms
 from nnunet_kd.training.alignment import AlignedLoss, MemberClassifier
 from nnunet_kd.training.base import KDTrainer
 from nnunet_kd.training.joint_segmentations import write_joint_segmentations
@@ -63,9 +63,25 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         self.steps: Counter[str] = Counter()
 
     def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
-        """Check that the members are as planned, then resolve the settings."""
+        """Check that the members are as planned, then resolve the settings; terms and teachers are for students."""
         self.joint.check_unchanged(configuration)
-        return super().resolve_settings(plans, configuration, fold)
+        self._refuse_other_plans(plans, configuration)
+        del fold
+        return resolve_settings(*(without_terms(layer) for layer in (plans.get(BLOCK, {}), read_user_settings())))
+
+    def _refuse_other_plans(self, plans: dict, configuration: str) -> None:
+        """All folds share one plans.json, so a fold trained under other joint plans would spoil the earlier ones."""
+        name = f"{self.__class__.__name__}__{plans['plans_name']}__{configuration}"
+        folder = Path(str(nnUNet_results)) / plans["dataset_name"] / name
+        if not (folder / "plans.json").is_file() or not any(folder.glob("fold_*/checkpoint_*.pth")):
+            return
+        changed = changes(read_json(folder / "plans.json", f"Restore it, or remove {folder}."), plans, configuration)
+        if changed:
+            raise JointDatasetError(
+                f"The folds in {folder} were trained under other joint plans ({', '.join(changed)} changed since). "
+                f"Plan under another name (nnUNetKD_plan_and_preprocess ... -plans_name NAME) and train with -p NAME, "
+                f"which keeps them; or move that folder away and train all folds again."
+            )
 
     @staticmethod
     def build_network_architecture(
@@ -97,7 +113,9 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         assert isinstance(network, JointUNet)
         self.joint_network = network
         if self._do_i_compile():
-            # every member compiles its own graph; the default limit (8) would send the others to eager mode
+            # Every member compiles a graph for its own patch. Otherwise the second member would make all later graphs
+            # accept any size, which is slower, and the default limit (8) would send the others to eager mode.
+            torch._dynamo.config.automatic_dynamic_shapes = False
             limit = 4 * len(self.members) + 8
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         self.losses = {name: self._member_loss(name) for name in self.members}

@@ -102,6 +102,7 @@ def check_vanilla(model: Path) -> None:
     assert dataset_json["labels"] == {"background": 0, "core": 1, "rim": 2}
     assert dataset_json["channel_names"] == {"0": "T1", "1": "T2"}
     checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=True)
+    assert checkpoint.pop("nnunet_kd")["training_cases"]["Dataset001_Alpha"]  # so that it cannot teach across a leak
     assert set(checkpoint) == {"network_weights", "trainer_name", "init_args", "inference_allowed_mirroring_axes"}
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
     assert checkpoint["init_args"] == {"plans": plans, "configuration": "2d", "fold": 0, "dataset_json": dataset_json}

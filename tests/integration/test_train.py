@@ -227,6 +227,23 @@ def test_other_settings_do_not_continue_a_training(students: Any) -> None:
 LONG = {**ONE_STEP, "num_epochs": 5, "save_every": 1}
 
 
+def test_teacher_refuses_to_spoil_folds_of_other_joint_plans(copied: Any) -> None:
+    """All folds share one plans.json; heads in another order would be read from the wrong channels."""
+    recorded = (copied.teacher / "plans.json").read_bytes()
+    file = copied.preprocessed / "Dataset900_Joint" / "nnUNetKDPlans.json"
+    plans = read(file)
+    heads = plans["nnunet_kd"]["heads"]
+    plans["nnunet_kd"]["heads"] = {name: heads[name] for name in reversed(heads)}
+    file.write_text(json.dumps(plans))
+    settings = {"training": ONE_STEP, "budget": "total"}
+    for fold, more in ((1, ()), (0, ("--c",))):
+        output = copied.train(900, "Teacher", "-p", "nnUNetKDPlans", *more, fold=fold, settings=settings, check=False)
+        assert "were trained under other joint plans (heads changed since)" in output
+        assert "-plans_name NAME" in output
+    assert (copied.teacher / "plans.json").read_bytes() == recorded
+    assert not (copied.teacher / "fold_1").exists()
+
+
 def test_killed_student_of_a_smaller_network_continues(trained: Any) -> None:
     trained.run("nnUNetKD_plan_student", "-d", "1", "--width", "0.25", "-plans_name", "nnUNetKDPlansW25")
     settings = {"training": LONG, "terms": TERMS, "guard": {"margin": 0.1}}
@@ -402,6 +419,10 @@ def test_shared_head(trained: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(predicted, validated > 0)  # the validation shows the head as the member's first label
     trained.run("nnUNetKD_export", *common, "-o", tmp_path / "export")
     assert read(tmp_path / "export" / "dataset.json")["labels"]["tumour"] == 1
+    trained.run("nnUNetKD_predict", "-m", fold.parent, "--head", "3", "-i", source, "-o", tmp_path / "own",
+                "-device", "cpu", "-npp", "0", "-nps", "0")  # fmt: skip
+    own = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "own" / case.name)))
+    np.testing.assert_array_equal(own, validated)  # in Gamma's labels, as the validation
 
 
 # --- cascade ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import nn
 
 from nnunet_kd.data.joint import HeadEntry, JointDataset, MemberEntry
 from nnunet_kd.data.joint_network import build_joint_network
-from nnunet_kd.errors import NnUNetKDError
+from nnunet_kd.errors import NnUNetKDError, TeacherError
 from nnunet_kd.inference.export import export_model, largest_difference
 from nnunet_kd.inference.plain_model import choose_member, plain_member_model, slice_weights
 from nnunet_kd.inference.trained_model import open_model
@@ -200,7 +200,7 @@ def test_heads_are_found_by_name_member_and_id(teacher_folder: Path) -> None:
 def test_member_model_has_the_member_s_plans_and_the_teacher_s_network(
     teacher_folder: Path, tmp_path: Path, member: str, labels: dict[str, int], patch_size: list[int]
 ) -> None:
-    plain = plain_member_model(open_model(teacher_folder), member)
+    plain = plain_member_model(open_model(teacher_folder), member, own_labels=False)
     configuration = plain.plans["configurations"]["2d"]
     assert plain.plans["dataset_name"] == member
     assert configuration["spacing"] == [1.0, 2.0]
@@ -211,10 +211,48 @@ def test_member_model_has_the_member_s_plans_and_the_teacher_s_network(
     assert "nnunet_kd" not in plain.plans
     assert "nnunet_kd" not in plain.dataset_json
 
-    verification = export_model(open_model(teacher_folder), tmp_path / "out", member)
+    head = "mass" if labels == SHARED else member
+    verification = export_model(open_model(teacher_folder), tmp_path / "out", head, member)
     assert verification.patch_shape == (len(MEMBERS[member][0]), *patch_size)
     assert verification.differences[0] <= 1e-5
     assert {path.name for path in tmp_path.iterdir()} == {"out", "preprocessed", "results"}
+
+
+def test_member_of_a_shared_head_speaks_in_its_own_labels(teacher_folder: Path, tmp_path: Path) -> None:
+    """The head's logits by the joint network itself, expanded by hand: tumor = mass; cyst never wins."""
+    plans = json.loads((teacher_folder / "plans.json").read_text())
+    entry = plans["nnunet_kd"]["members"]["Dataset003_Second"]
+    entry["description"]["dataset_json"]["labels"] = {"background": 0, "cyst": 1, "tumor": 2}
+    entry["label_map"] = {"tumor": "mass", "cyst": "mass"}
+    (teacher_folder / "plans.json").write_text(json.dumps(plans))
+    plain = plain_member_model(open_model(teacher_folder), "Dataset003_Second", own_labels=True)
+    assert plain.dataset_json["labels"] == {"background": 0, "cyst": 1, "tumor": 2}
+    stock = plain.build_network()
+    stock.load_state_dict(plain.weights[0])
+    manager = PlansManager(plans)
+    joint = build_joint_network(manager, manager.get_configuration("2d"), False)
+    joint.load_state_dict(torch.load(teacher_folder / "fold_0" / "checkpoint_final.pth")["network_weights"])
+    joint.select("Dataset003_Second")
+    image = torch.randn(2, 1, 8, 16)
+    with torch.no_grad():
+        own, head = stock.eval()(image), joint.eval()(image)
+    torch.testing.assert_close(own[:, :2], head)  # background and cyst, which comes first and speaks for both
+    torch.testing.assert_close(own[:, 2], head[:, 0] - 20)
+    assert export_model(open_model(teacher_folder), tmp_path / "out", "3").differences[0] <= 1e-5
+
+
+def test_fold_of_other_joint_plans_is_refused(teacher_folder: Path) -> None:
+    file = teacher_folder / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file)
+    plans = json.loads((teacher_folder / "plans.json").read_text())
+    checkpoint["init_args"]["plans"] = copy.deepcopy(plans)
+    torch.save(checkpoint, file)
+    open_model(teacher_folder).load(0)
+    heads = plans["nnunet_kd"]["heads"]
+    plans["nnunet_kd"]["heads"] = {name: heads[name] for name in reversed(heads)}
+    (teacher_folder / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(TeacherError, match=r"checkpoint_final.pth was trained under other joint plans .*heads changed"):
+        open_model(teacher_folder).load(0)
 
 
 def test_wrong_weights_are_noticed_and_nothing_is_left(
@@ -222,8 +260,8 @@ def test_wrong_weights_are_noticed_and_nothing_is_left(
 ) -> None:
     """The input channels T2, T1 taken in the wrong order have the right shape."""
 
-    def slice_in_wrong_order(weights: Any, network: nn.Module, route: Route) -> Any:
-        return slice_weights(weights, network, Route(route.channels[::-1], route.start, route.stop))
+    def slice_in_wrong_order(weights: Any, network: nn.Module, route: Route, label_map: Any) -> Any:
+        return slice_weights(weights, network, Route(route.channels[::-1], route.start, route.stop), label_map)
 
     monkeypatch.setattr("nnunet_kd.inference.plain_model.slice_weights", slice_in_wrong_order)
     with pytest.raises(NnUNetKDError, match="largest differences fold 0"):
@@ -237,10 +275,10 @@ def test_a_teacher_needs_nothing_of_its_members_folders(teacher_folder: Path, tm
     plans = json.loads(plans_file.read_text())
     plans["configurations"]["2d"]["spacing"] = [1.0, 1.0]  # planned again after the teacher was trained
     plans_file.write_text(json.dumps(plans))
-    before = plain_member_model(model, "Dataset001_Own")
+    before = plain_member_model(model, "Dataset001_Own", own_labels=True)
     assert before.plans["configurations"]["2d"]["spacing"] == [1.0, 2.0]
     shutil.rmtree(tmp_path / "preprocessed")
-    after = plain_member_model(model, "Dataset001_Own")
+    after = plain_member_model(model, "Dataset001_Own", own_labels=True)
     assert (after.plans, after.dataset_json) == (before.plans, before.dataset_json)
 
 

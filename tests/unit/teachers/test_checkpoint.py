@@ -48,6 +48,18 @@ def test_checkpoint_of_nnunet_is_read(file: Path) -> None:
     assert loaded["nnunet_kd"]["training_cases"] == {"Dataset001_A": ["a"]}
 
 
+def test_checkpoint_written_with_numpy_1_is_read(tmp_path: Path, file: Path) -> None:
+    old = tmp_path / "old.pth"
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(old, "w", zipfile.ZIP_STORED) as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("data.pkl"):
+                assert b"cnumpy._core.multiarray\n" in content
+                content = content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+            target.writestr(name, content)
+    assert load_checkpoint(old)["logging"] == load_checkpoint(file)["logging"]
+
+
 @pytest.mark.parametrize("kept", [0, 1, 100, 0.3, 0.9, 0.999])
 def test_truncated(file: Path, kept: float) -> None:
     content = file.read_bytes()

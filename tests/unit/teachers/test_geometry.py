@@ -80,6 +80,15 @@ def test_channels_are_matched_by_name() -> None:
     assert torch.equal(mapping(image), image[:, [2, 0]])
 
 
+def test_channels_of_one_name_are_matched_in_their_order() -> None:
+    plan, three = plans(WIDE, WIDE, WIDE), configuration(*["RGBTo01Normalization"] * 3)
+    names = ["rgb_to_0_1"] * 3
+    image = torch.randn(1, 3, 4, 4, 4)
+    assert torch.equal(input_map(plan, three, names, plan, three, names)(image), image)
+    with pytest.raises(TeacherError, match="'rgb_to_0_1' 3 times"):
+        input_map(plan, configuration(*["RGBTo01Normalization"] * 2), names[:2], plan, three, names)
+
+
 # --- spacing ----------------------------------------------------------------------------------------------------------
 def test_coarser_teacher_sees_the_patch_on_its_own_grid() -> None:
     student, teacher = (configuration("ZScoreNormalization", spacing=own) for own in ((1.0, 1.0, 1.0), (1.0, 2.0, 4.0)))
