@@ -72,9 +72,7 @@ def test_a_checkout_that_is_not_installed_is_refused_with_the_next_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name.endswith("trainers") else real(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.endswith("trainers") else real(name))
     with pytest.raises(SystemExit) as stopped:
         env_command.main([])
     assert "pip install" in str(stopped.value)

@@ -1,8 +1,9 @@
-"""What a user installs: the wheel's content, and the command that finds the trainers in it."""
+"""What a user installs: the wheel's content, and the command and nnU-Net's search that find the trainers in it."""
 
 from __future__ import annotations
 
 import configparser
+import json
 import shutil
 import sys
 import zipfile
@@ -12,6 +13,11 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+TRAINERS = {
+    "nnUNetTrainerKDTeacher": "nnunet_kd.training.teacher",
+    "nnUNetTrainerKDStudent": "nnunet_kd.training.student",
+    "nnUNetTrainerKDControl": "nnunet_kd.training.control",
+}
 BUILD_INPUTS = ("setup.py", "pyproject.toml", "LICENSE", "README.md", "nnunet_kd", "trainers", "planners", "tests")
 
 
@@ -47,6 +53,48 @@ def build(source: Path, run_command: Callable) -> Callable[[str], Path]:
 @pytest.fixture(scope="module")
 def wheel(build: Callable[[str], Path]) -> Path:
     return build("wheel")
+
+
+# Discovery comes first, as in nnUNetv2_train: only then is nnunet_kd imported under its own name.
+DISCOVERY = """
+import contextlib, importlib, json, multiprocessing, pickle, sys
+from pathlib import Path
+
+def find(names):
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+    with contextlib.redirect_stdout(sys.stderr):
+        return [recursive_find_trainer_class_by_name(name) for name in names]
+
+def describe(classes):
+    names = [[found.__qualname__, found.__module__] for found in classes]
+    return {"classes": names, "package": str(Path(sys.modules["nnunet_kd"].__file__).resolve().parent)}
+
+def in_child(names, pickled, answers):
+    found = find(names)
+    answers.put({**describe(found), "same": pickle.loads(pickled) == found})
+
+if __name__ == "__main__":
+    trainers = json.loads(sys.argv[1])
+    context = multiprocessing.get_context("spawn")
+    found = find(trainers)
+    answers = context.Queue()
+    child = context.Process(target=in_child, args=(list(trainers), pickle.dumps(found), answers))
+    child.start()
+    again = find(trainers)
+    imported = [getattr(importlib.import_module(home), name) for name, home in trainers.items()]
+    main = {**describe(found), "same": found == again == imported == pickle.loads(pickle.dumps(found))}
+    print(json.dumps({"main": main, "spawned": answers.get(timeout=200)}))
+    child.join()
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A regular installation: the folder to which the wheel was unpacked."""
+    target = tmp_path_factory.mktemp("site packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +156,28 @@ def test_fresh_installation_prints_its_own_trainers_folder(
     folder = source / "trainers" if kind == "editable" else target / "nnunet_kd" / "trainers"
     assert str(folder.resolve()) in result.stdout
     assert folder.joinpath("nnUNetTrainerKDStudent.py").exists()
+
+
+def test_every_file_in_trainers_is_checked_here() -> None:
+    assert {path.stem for path in (CHECKOUT / "trainers").glob("*.py")} == {"__init__", *TRAINERS}
+
+
+@pytest.mark.integration
+def test_nnunet_finds_one_picklable_class_per_trainer(
+    installed: Path, tmp_path: Path, make_nnunet_dirs: Callable, run_command: Callable
+) -> None:
+    """In a regular installation, in a fresh process and in one that it spawns.
+
+    PYTHONPATH goes before site-packages, where an editable installation may be.
+    """
+    script = tmp_path / "discover.py"
+    script.write_text(DISCOVERY)
+    environment = {
+        **make_nnunet_dirs().environment,
+        "PYTHONPATH": str(installed),
+        "nnUNet_extTrainer": str(installed / "nnunet_kd" / "trainers"),
+    }
+    result = run_command([sys.executable, script, json.dumps(TRAINERS)], environment, timeout=300)
+    package = str(installed.resolve() / "nnunet_kd")
+    expected = {"classes": [[name, home] for name, home in TRAINERS.items()], "package": package, "same": True}
+    assert json.loads(result.stdout) == {"main": expected, "spawned": expected}
