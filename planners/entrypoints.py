@@ -66,8 +66,8 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
     check_joint_name(name, members)
     heads = read_heads(args.heads, members)
     for member in members:
-        check_member_plans(member, members_plans, args.plans_name)
         check_planner(member, members_plans, args.pl)
+        check_member_plans(member, members_plans, args.plans_name)
     steps = StockSteps(
         planner,
         members_plans,
@@ -97,7 +97,7 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
     for member in members:
         write_member_plans(member, members_plans, args.plans_name, name)
     _print_summary(joint, plans, args.plans_name)
-    _warn_of_outdated_teachers(joint, args.plans_name)
+    _warn_of_outdated_teachers(name, args.plans_name)
 
 
 @clear_errors
@@ -212,11 +212,11 @@ def _print_summary(joint: JointDataset, plans: Mapping[str, TeacherPlan], plans_
         print(f"  nnUNetv2_train {name[7:10]} {configuration} 0 -tr nnUNetTrainerKDStudent -p {entry.plans}")
 
 
-def _warn_of_outdated_teachers(joint: JointDataset, plans_name: str) -> None:
-    outdated = outdated_teachers(joint, plans_name)
+def _warn_of_outdated_teachers(joint_name: str, plans_name: str) -> None:
+    outdated = outdated_teachers(joint_name, plans_name)
     if outdated:
         print(
-            f"\nWARNING: {joint.name} changed, so that these trained models do not fit {plans_name} any more:\n  "
+            f"\nWARNING: {joint_name} changed, so that these trained models do not fit {plans_name} any more:\n  "
             + "\n  ".join(str(model) for model in outdated)
             + "\nTo keep them, plan again as before, and give this joint dataset another --joint id (or, for the same "
             "members and heads, another -plans_name). Otherwise delete them and train again."

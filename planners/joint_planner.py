@@ -19,7 +19,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-from nnunet_kd.data.joint import VERSION, HeadEntry, JointDataset, MemberEntry
+from nnunet_kd.data.joint import VERSION, HeadEntry, JointDataset, MemberEntry, changes
 from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.data.splits import Split, join_splits, member_splits, read_groups
 from nnunet_kd.environment import environment
@@ -139,29 +139,27 @@ def plan_joint(
     return joint, plans_of
 
 
-def outdated_teachers(joint: JointDataset, plans_name: str) -> list[Path]:
+def outdated_teachers(joint_name: str, plans_name: str) -> list[Path]:
     """Trained models of the joint dataset that do not fit its plans any more: other channels, heads or network."""
     if not nnUNet_results.is_set():
         return []
-    now = read_json(_folder(joint.name) / f"{plans_name}.json", "Plan the joint dataset again.")
+    now = read_json(_folder(joint_name) / f"{plans_name}.json", "Plan the joint dataset again.")
     outdated = []
-    for model in sorted((Path(str(nnUNet_results)) / joint.name).glob(f"*__{plans_name}__*")):
+    for model in sorted((Path(str(nnUNet_results)) / joint_name).glob(f"*__{plans_name}__*")):
         if any(model.glob("fold_*/checkpoint_*.pth")) and (model / "plans.json").is_file():
             then = read_json(model / "plans.json", "Delete the broken model.")
-            if not _fits(model.name.split("__")[-1], then, now, joint):
+            if not _fits(model.name.split("__")[-1], then, now):
                 outdated.append(model)
     return outdated
 
 
-def _fits(configuration: str, then: Mapping[str, Any], now: Mapping[str, Any], joint: JointDataset) -> bool:
+def _fits(configuration: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     if any(configuration not in plans["configurations"] for plans in (then, now)):
         return False
-    networks = [plans["configurations"][configuration]["architecture"] for plans in (then, now)]
     try:
-        trained = JointDataset.from_plans(then)
+        return not changes(then, now, configuration)
     except JointDatasetError:
         return False  # of an older nnunet_kd
-    return networks[0] == networks[1] and trained.signature(configuration) == joint.signature(configuration)
 
 
 def plan_teacher(
