@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -46,7 +47,9 @@ class DistillationLoss(nn.Module, ABC):
                 "bring both to the same channels and grid first."
             )
             raise ValueError(msg)
-        with torch.autocast(student.device.type, enabled=False):
+        # Elsewhere (mps) nnU-Net does not use autocast, and torch may refuse even to switch it off.
+        has_autocast = student.device.type in ("cuda", "cpu")
+        with torch.autocast(student.device.type, enabled=False) if has_autocast else nullcontext():
             precision = torch.promote_types(student.dtype, torch.float32)
             target, valid = self.fit_masks(student, target, valid)
             return self.compute(student.to(precision), teacher.detach().to(precision), target, valid)

@@ -153,6 +153,18 @@ def test_half_precision_is_computed_in_float32(on: str, name: str, options: dict
     assert student.grad.isfinite().all()
 
 
+def test_a_device_without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mps in older torch: autocast cannot even be switched off there."""
+
+    def refuse(device_type: str, **_: object) -> None:
+        raise RuntimeError(f"User specified an unsupported autocast device_type '{device_type}'")
+
+    monkeypatch.setattr(torch, "autocast", refuse)
+    student, teacher = (torch.randn(1, 2, 4, 4, device="meta", dtype=torch.float16) for _ in range(2))
+    value = build_loss("logits", "kl")(student, teacher)
+    assert (value.shape, value.dtype) == ((), torch.float32)
+
+
 @every_loss
 def test_half_precision_inputs_are_near_float32(on: str, name: str, options: dict) -> None:
     batch, loss = Batch(options, 3), build_loss(on, name, **options)
