@@ -137,25 +137,31 @@ class Demo:
 
     def environment(self) -> dict[str, str]:
         """The present environment with nnU-Net's folders under the output, and settings for a small machine."""
-        # Two trainings share the cores. On images as small as the synthetic ones a second thread costs more than it
-        # brings, and one thread computes the same numbers on every machine.
-        num_threads = 1 if self.settings.raw is None else max(1, (os.cpu_count() or 1) // NUM_AT_A_TIME)
+        share = str(self._share_of_cores())
+        training = {"num_threads": int(share)}
         return {
             **os.environ,
             "nnUNet_raw": str(self.raw),
             "nnUNet_preprocessed": str(self.preprocessed),
             "nnUNet_results": str(self.results),
             TRAINERS_VARIABLE: add_trainers_folder(os.environ.get(TRAINERS_VARIABLE, "")),
-            ENVIRONMENT_VARIABLE: json.dumps(merge(self.kd_settings, {"training": {"num_threads": num_threads}})),
+            ENVIRONMENT_VARIABLE: json.dumps(merge(self.kd_settings, {"training": training})),
             "nnUNet_compile": "f",
-            "nnUNet_n_proc_DA": "1",
-            # Each worker process imports nnU-Net first, which takes longer than all of its work here.
-            "nnUNet_def_n_proc": "1",
-            "OMP_NUM_THREADS": str(num_threads),
+            "nnUNet_n_proc_DA": share,
+            "nnUNet_def_n_proc": share,
+            "OMP_NUM_THREADS": share,
             "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait make both trainings several times slower
             "MPLBACKEND": "Agg",
             "PYTHONUNBUFFERED": "1",
         }
+
+    def _share_of_cores(self) -> int:
+        """Threads and worker processes of each of the commands that run side by side.
+
+        On images as small as the synthetic ones a second thread costs more than it brings, as does a second worker,
+        which imports nnU-Net first; and one thread computes the same numbers on every machine.
+        """
+        return 1 if self.settings.raw is None else max(1, (os.cpu_count() or 1) // NUM_AT_A_TIME)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -176,7 +182,8 @@ class Demo:
             *("-d", *(_id(name) for name in self.names)),
             *("--joint", str(self.joint_id), "--joint_name", "DemoJoint", "-c", self.settings.configuration),
             *("-plans_name", TEACHER_PLANS, "-gpu_memory_target", GPU_MEMORY_TARGET_GB, "--width", WIDTH),
-            *("-np", "1", "-npfp", "1"),
+            # Fingerprints are worth a second worker: stock nnU-Net draws 10^8 voxels per dataset, however small it is.
+            *("-np", str(self._share_of_cores()), "-npfp", str(NUM_AT_A_TIME * self._share_of_cores())),
         )
         outputs = tuple(self.preprocessed / name / f"{TEACHER_PLANS}.json" for name in [self.joint_name, *self.names])
         command = Command("plan_and_preprocess", arguments, outputs)

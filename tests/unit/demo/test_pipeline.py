@@ -94,7 +94,7 @@ def test_two_trainings_share_the_cores_but_synthetic_images_get_one_thread_each(
     for demo, num_threads in ((synthetic, 1), (own, 4)):
         environment = demo.environment()
         assert json.loads(environment["nnUNetKD_settings"])["training"]["num_threads"] == num_threads
-        assert environment["OMP_NUM_THREADS"] == str(num_threads)
+        assert environment["OMP_NUM_THREADS"] == environment["nnUNet_n_proc_DA"] == str(num_threads)
 
 
 def test_nothing_runs_before_what_it_needs(tmp_path: Path) -> None:
