@@ -6,7 +6,7 @@ Scenarios (architecture.md and the issue name them so):
   c  as b, but only 8 cases of Montgomery are labelled
   d  a half-width student of the hippocampus, taught by the teacher of a
   e  a weak teacher: 8 labelled hippocampus cases + nodules, a tenth of the budget
-  f  as e, but the teacher has most of its budget: poor instead of useless, which is harder to notice
+  f  as e, but with half of the budget and members drawn equally: poor instead of useless, which is harder to notice
 
 Every run is a real trainer on a real fold: the same plans, budget, fold and seed for control and student; the teacher's
 fold is the student's fold; its budget is the sum of its members' controls (a part of that in e and f). Dice is computed
@@ -45,6 +45,7 @@ class Scenario:
     students: tuple[str, ...]
     few_labels: str | None = None
     teacher_budget: float = 1.0
+    sampling_exponent: float = 0.5
     student_width: float = 1.0
     teacher_of: str | None = None
     control_of: str | None = None
@@ -63,7 +64,8 @@ SCENARIOS = {
         (HIPPOCAMPUS, NODULE),
         (HIPPOCAMPUS,),
         few_labels=HIPPOCAMPUS,
-        teacher_budget=0.8,
+        teacher_budget=0.5,
+        sampling_exponent=0.0,
         control_of="e",
     ),
 }
@@ -248,7 +250,7 @@ def train_and_test(root: Path, run: Run, steps: int, epochs: int, settings: dict
         folder = next(model.glob(f"nnUNetTrainerKDTeacher__*__{scenario.configuration}"))
         settings = {**settings, "teachers": {"joint": {"model": str(folder)}}}
     else:
-        settings = {"budget": "total"}
+        settings = {"budget": "total", "sampling_exponent": scenario.sampling_exponent}
     os.environ["nnUNetKD_settings"] = json.dumps({**settings, "training": training})
     dataset = joint_name(run.scenario) if run.kind == "teacher" else run.dataset
     plans = "nnUNetKDPlans" if run.kind == "teacher" else student_plans(run.scenario)

@@ -6,7 +6,8 @@ Conventions, the same everywhere here:
   readers return them. Reference first, prediction second.
 * A class is a label, or a tuple of labels that together make a region.
 * Voxels that the reference marks with ``ignore_label`` count for nothing: there, both masks are treated as empty.
-* A class that is absent in reference and prediction has no value (NaN), so that averages leave it out.
+* A class that is absent in reference and prediction has no value (NaN), as in nnU-Net. ``table.py`` says what a
+  comparison of methods makes of it.
 * A class that is absent in only one of the two gets the worst value: Dice 0, NSD 0, and for the 95% Hausdorff distance
   the diagonal of the image in millimetres. That is finite, so that averages and rank tests stay defined.
 """
