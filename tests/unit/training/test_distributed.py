@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) train a student as the trainers do under DDP: one network, one projector, one W&B run.
+"""Two processes (gloo, CPU) train a student and a joint teacher as the trainers do under DDP.
 
 This file is also the program of each process: ``python test_distributed.py RANK STORE``.
 """
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_kd.networks.adapters import Projector
+from nnunet_kd.networks.joint import Head, JointUNet, Route
 from nnunet_kd.networks.taps import Stage, find_stage, tap
 from nnunet_kd.settings import Guard, parse_settings
 from nnunet_kd.spaces.labels import LabelSpace, match_label_spaces
@@ -83,6 +84,13 @@ def test_every_parameter_gets_the_mean_gradient_of_all_processes(answers: list[d
         assert min(answer["distance_to_own"]) > 1e-3  # else averaging would not show
 
 
+def test_teacher_learns_from_the_member_of_every_process(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        assert answer["teacher_without_gradient"] == []
+        assert answer["teacher_distance_to_first_process"] == 0.0
+        assert answer["heads_with_gradient"] == [True, True]
+
+
 def test_only_the_first_process_starts_a_wandb_run(answers: list[dict[str, Any]]) -> None:
     assert [answer["wandb_runs"] for answer in answers] == [1, 0]
     assert [answer["wandb_enabled_afterwards"] for answer in answers] == ["1", "1"]
@@ -125,22 +133,22 @@ def work(rank: int, store: str) -> dict[str, Any]:
         answer["distance_to_mean"].append(float((found - mean / WORLD_SIZE).norm() / found.norm()))
         answer["distance_to_own"].append(float((found - own).norm() / found.norm()))
         optimizer.step()
-    answer |= start_wandb()
+    answer |= teach(rank) | start_wandb()
     dist.destroy_process_group()
     return answer
 
 
-def make_student() -> tuple[nn.Module, dict[str, Stage]]:
-    """A tapped stock network and its stages."""
-    network = PlainConvUNet(
-        input_channels=1,
+def make_unet(num_input_channels: int, num_classes: int) -> nn.Module:
+    """A small stock network in 2D."""
+    return PlainConvUNet(
+        input_channels=num_input_channels,
         n_stages=4,
         features_per_stage=(4, 8, 8, 8),
         conv_op=nn.Conv2d,
         kernel_sizes=3,
         strides=(1, 2, 2, 2),
         n_conv_per_stage=1,
-        num_classes=SPACE.num_channels,
+        num_classes=num_classes,
         n_conv_per_stage_decoder=1,
         conv_bias=True,
         norm_op=nn.InstanceNorm2d,
@@ -148,9 +156,34 @@ def make_student() -> tuple[nn.Module, dict[str, Stage]]:
         nonlin=nn.LeakyReLU,
         deep_supervision=True,
     )
+
+
+def make_student() -> tuple[nn.Module, dict[str, Stage]]:
+    """A tapped stock network and its stages."""
+    network = make_unet(1, SPACE.num_channels)
     stages = {level: find_stage(network, level) for level in LEVELS}
     tap(network, list(stages.values()))
     return network, stages
+
+
+def teach(rank: int) -> dict[str, Any]:
+    """One step of a joint teacher of two members, one member per process, as each draws its own."""
+    routes = {"a": Route((0,), 0, 2), "b": Route((0, 1), 2, 5)}
+    joint = JointUNet(make_unet(2, 5), routes, [Head(0, 2, False), Head(2, 5, False)])
+    wrapped = DistributedDataParallel(joint)
+    joint.select("ab"[rank])
+    outputs = wrapped(torch.randn(2, 1 + rank, 32, 32))
+    sum(weight * output.square().mean() for weight, output in zip(LEVEL_WEIGHTS, outputs, strict=True)).backward()
+    gradients = [parameter.grad for parameter in joint.parameters() if parameter.grad is not None]
+    own = torch.cat([gradient.flatten() for gradient in gradients])
+    first = own.clone()
+    dist.broadcast(first, 0)
+    of_heads = joint.decoder.seg_layers[-1].bias.grad.split([2, 3])
+    return {
+        "teacher_without_gradient": [name for name, value in joint.named_parameters() if value.grad is None],
+        "teacher_distance_to_first_process": float((own - first).norm()),
+        "heads_with_gradient": [bool(gradient.any()) for gradient in of_heads],
+    }
 
 
 def make_loss(projectors: Mapping[str, nn.Module]) -> DistillationLoss:
