@@ -218,8 +218,9 @@ def _warn_of_outdated_teachers(joint_name: str, plans_name: str) -> None:
         print(
             f"\nWARNING: {joint_name} changed, so that these trained models do not fit {plans_name} any more:\n  "
             + "\n  ".join(str(model) for model in outdated)
-            + "\nTo keep them, plan again as before, and give this joint dataset another --joint id (or, for the same "
-            "members and heads, another -plans_name). Otherwise delete them and train again."
+            + "\nThey still predict and teach, but no further fold can be trained beside theirs. Plan again with "
+            "another -plans_name or another --joint id and train with that, or move these folders away and train all "
+            "folds again."
         )
 
 

@@ -40,32 +40,32 @@ def read_heads(path: str | None, members: Sequence[str]) -> dict[str, Any]:
 
 
 def _checked_head(name: str, head: Any, members: Sequence[str]) -> dict[str, Any]:
-    where = f"Shared head '{name}' (--heads)"
+    where = f"Shared head '{name}' (--heads):"
     if name in members:
-        raise LabelSpaceError(f"{where} has the name of a member, whose own head is called so. Give it another name.")
+        raise LabelSpaceError(f"{where} a member has this name, and so has its own head. Give this one another name.")
     if not isinstance(head, Mapping) or set(head) != {"labels", "members"}:
-        raise LabelSpaceError(f"{where} must have exactly 'labels' and 'members', like: {EXAMPLE}")
+        raise LabelSpaceError(f"{where} it must have exactly 'labels' and 'members', like: {EXAMPLE}")
     labels, maps = head["labels"], head["members"]
     values = list(labels.values()) if isinstance(labels, Mapping) else []
     if any(type(value) is not int for value in values) or sorted(values) != list(range(max(2, len(values)))):
         raise LabelSpaceError(
-            f"'labels' of {where} must name consecutive integers from 0 with at least one class, but they are "
+            f"{where} 'labels' must name consecutive integers from 0 with at least one class, but they are "
             f"{labels!r}. Write them like: {EXAMPLE}"
         )
     if labels.get(BACKGROUND) != 0:
-        raise LabelSpaceError(f"'labels' of {where} must declare \"background\": 0, but they are {labels!r}.")
+        raise LabelSpaceError(f"{where} 'labels' must declare \"background\": 0, but they are {labels!r}.")
     if not isinstance(maps, Mapping) or not maps:
-        raise LabelSpaceError(f"'members' of {where} must name at least one member, like: {EXAMPLE}")
+        raise LabelSpaceError(f"{where} 'members' must name at least one member, like: {EXAMPLE}")
     named: dict[str, dict[str, str]] = {}
     for member, mapping in maps.items():
         full_name = dataset_name(member)
         if not isinstance(mapping, Mapping) or not all(isinstance(label, str) for label in mapping.values()):
             raise LabelSpaceError(
-                f"{where}, member {member}: the label map must be an object (member label: head label), not "
+                f"{where} the label map of member {member} must be an object (member label: head label), not "
                 f"{mapping!r}. Write it like: {EXAMPLE}"
             )
         if full_name in named:
-            raise LabelSpaceError(f"{where} names {full_name} twice. Leave one of the two label maps.")
+            raise LabelSpaceError(f"{where} it names {full_name} twice. Leave one of the two label maps.")
         named[full_name] = dict(mapping)
     return {"labels": dict(labels), "members": named}
 

@@ -21,7 +21,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 
 from nnunet_kd.data.joint import VERSION, HeadEntry, JointDataset, MemberEntry, changes
 from nnunet_kd.data.member import Member, read_json
-from nnunet_kd.data.splits import Split, join_splits, member_splits, read_groups
+from nnunet_kd.data.splits import REPAIR_SPLITS, Split, join_splits, member_splits, read_groups
 from nnunet_kd.environment import environment
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
@@ -416,7 +416,7 @@ def _check_normalisation(members: Mapping[str, Member]) -> dict[str, tuple[str, 
 def _splits(member: Member, cases: Sequence[str]) -> list[Split]:
     """The member's splits_final.json, or what stock training would write there, grouped by ``split_by``."""
     if member.splits_file.is_file():
-        return json.loads(member.splits_file.read_text())
+        return read_json(member.splits_file, REPAIR_SPLITS)
     block = member.dataset_json.get(BLOCK, {})
     groups = None
     if "split_by" in block:

@@ -133,7 +133,7 @@ def member_cases(member: Member) -> tuple[str, ...]:
     missing = set(raw) - set(cases) if raw else range(len(cases), expected)
     if missing:
         raise JointDatasetError(
-            f"{member.name} has only {len(cases)} of its {expected} cases in {member.data_folder}, so its "
+            f"{member.name} has only {expected - len(missing)} of its {expected} cases in {member.data_folder}, so its "
             f"preprocessing is not complete. Run: {preprocess_command(member)}\nIf cases are left out on purpose, take "
             f"them out of {Path('nnUNet_raw') / member.name} and correct numTraining in "
             f"{member.base_folder / 'dataset.json'}."
@@ -190,7 +190,8 @@ def _is_finished(member: Member) -> bool:
 
 def _finished_cases(member: Member) -> list[str]:
     """The preprocessed cases; nnU-Net writes the properties of a case last."""
-    return [case for case in member.identifiers if (member.data_folder / f"{case}.pkl").is_file()]
+    finished = {file.stem for file in member.data_folder.glob("*.pkl")}
+    return [case for case in member.identifiers if case in finished]
 
 
 def _raw_cases(name: str) -> tuple[str, ...]:

@@ -47,8 +47,8 @@ def dataset_name(name_or_id: str | int) -> str:
     return candidates[0]
 
 
-def read_json(path: Path, what_to_do: str) -> dict[str, Any]:
-    """Read a JSON object; a missing or broken file is a JointDatasetError that says what to do."""
+def read_json(path: Path, what_to_do: str) -> Any:
+    """Read a JSON file; a missing or broken file is a JointDatasetError that says what to do."""
     if not path.is_file():
         raise JointDatasetError(f"{path} does not exist. {what_to_do}")
     try:

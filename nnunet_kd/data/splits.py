@@ -6,8 +6,9 @@ A joint fold holds the same fold of every member, so that no validation case of 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from nnunet_kd.errors import JointDatasetError
 Split = dict[str, list[str]]
 DEFAULT_SEED = 12345  # nnU-Net's
 MAX_NAMED_CASES = 5
+REPAIR_SPLITS = "Correct the file, or move it away so that a new one is made."
 
 
 def member_splits(
@@ -153,7 +155,12 @@ def join_splits(members: Mapping[str, list[Split]], identifiers: Mapping[str, Se
     return joint
 
 
-def _check_splits(member: str, splits: Iterable[Split], identifiers: Sequence[str]) -> None:
+def _check_splits(member: str, splits: Any, identifiers: Sequence[str]) -> None:
+    folds = splits if isinstance(splits, list) else [None]
+    if any(not isinstance(fold, dict) or not {"train", "val"} <= fold.keys() for fold in folds):
+        raise JointDatasetError(
+            f"splits_final.json of {member} is not a list of folds that have 'train' and 'val'. {REPAIR_SPLITS}"
+        )
     existing = set(identifiers)
     for fold, split in enumerate(splits):
         missing = sorted({*split["train"], *split["val"]} - existing)
@@ -166,8 +173,7 @@ def _check_splits(member: str, splits: Iterable[Split], identifiers: Sequence[st
         if shared:
             raise JointDatasetError(
                 f"splits_final.json of {member} has {len(shared)} cases in fold {fold} that are both trained and "
-                f"validated on: {_some(shared)}. A joint teacher must not see validation cases. Correct the file, or "
-                f"move it away so that a new one is made."
+                f"validated on: {_some(shared)}. A joint teacher must not see validation cases. {REPAIR_SPLITS}"
             )
 
 

@@ -86,7 +86,7 @@ def test_trained_teacher_that_does_not_fit_any_more_is_named(copied: Any) -> Non
     output = copied.plan(*AGAIN[:-1], "0.5", "-c", "3d_fullres")
     assert output.index("WARNING: Dataset900_Joint changed") > output.index("Next:")
     assert str(copied.teacher) in output
-    assert "--joint id" in output
+    assert "another -plans_name or another --joint id" in output
     assert "WARNING" not in copied.plan(*AGAIN, "-c", "3d_fullres")
     assert str(copied.teacher) in copied.plan("-d", "1", "2", "--joint", "900", *FLAGS)
 
@@ -124,6 +124,22 @@ def test_everything_is_checked_before_anything_is_written(world: Any) -> None:
         (world.preprocessed / member / "Other.json").write_text(json.dumps({**plans, "plans_name": "Other"}))
     error = error_of(world, *AGAIN, "-c", "3d_fullres", "-p", "Other")
     assert "was made from nnUNetPlans, not from Other. Choose another -plans_name" in error
+
+
+def test_foreign_files_beside_the_plans_do_no_harm(world: Any) -> None:
+    for member in (ALPHA, JOINT):
+        (world.preprocessed / member / "notes.json").write_bytes(b"\xff\xfe nnunet_kd")
+        (world.preprocessed / member / "list.json").write_text("[]")
+    world.plan(*AGAIN, "-c", "3d_fullres")
+
+
+def test_broken_splits(world: Any) -> None:
+    splits = world.preprocessed / ALPHA / "splits_final.json"
+    for content in ("[{", "[1]"):
+        splits.write_text(content)
+        error = error_of(world, *AGAIN, "-c", "3d_fullres")
+        assert "splits_final.json" in error
+        assert "Correct the file, or move it away" in error
 
 
 def test_plans_of_one_joint_dataset_have_the_same_members(world: Any) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +175,12 @@ def test_splits_that_do_not_fit_the_cases_are_refused() -> None:
         join_splits(splits, {"A": CASES[:5]})
     with pytest.raises(JointDatasetError, match=r"of A has 2 .*: case_000, case_001"):
         join_splits({"A": [{"train": CASES, "val": CASES[:2]}]}, {"A": CASES})
+
+
+@pytest.mark.parametrize("splits", [{}, "ab", [["a"]], [{"train": ["a"]}]])
+def test_splits_of_another_form_are_refused(splits: Any) -> None:
+    with pytest.raises(JointDatasetError, match=r"splits_final\.json of A is not a list of folds .*Correct the file"):
+        join_splits({"A": splits}, {"A": ["a"]})
 
 
 def test_cases_outside_the_splits_take_no_part() -> None:

@@ -50,7 +50,7 @@ def test_heads_that_are_not_possible(tmp_path: Path, head: Any, named: str) -> N
 
 def test_head_with_the_name_of_a_member(tmp_path: Path) -> None:
     (tmp_path / "heads.json").write_text(json.dumps({MEMBERS[1]: {"labels": LABELS, "members": MAPS}}))
-    with pytest.raises(LabelSpaceError, match=r"'Dataset002_Beta'.*name of a member"):
+    with pytest.raises(LabelSpaceError, match=r"'Dataset002_Beta'.*a member has this name"):
         read_heads(str(tmp_path / "heads.json"), MEMBERS)
 
 
