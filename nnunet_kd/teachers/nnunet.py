@@ -277,7 +277,7 @@ class NNUNetTeacher:
                 f"{self.student.fold} (\"fold\": \"same\"), or set \"allow_leakage\": true, which is recorded with the "
                 f"results."
             )
-        self.leaked_cases += seen
+        self.leaked_cases = sorted({*self.leaked_cases, *seen})
 
     def _training_cases(self, file: Path, checkpoint: dict[str, Any]) -> dict[str, set[str]]:
         """Cases that this checkpoint was trained on, itself or through its own teachers, per dataset."""

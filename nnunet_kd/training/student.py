@@ -16,6 +16,7 @@ from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import nn
 
+from nnunet_kd.files import write_json
 from nnunet_kd.networks.adapters import Projector
 from nnunet_kd.networks.taps import find_stage, tap
 from nnunet_kd.settings import (
@@ -129,12 +130,14 @@ class nnUNetTrainerKDStudent(KDTrainer):
         training_cases, validation_cases = self.do_split()
         if self.fold == "all":
             validation_cases = []  # there are none that training leaves out
+        self.leaked_cases: dict[str, list[str]] = {}
         self.seen_cases = {self.plans_manager.dataset_name: set(training_cases)}
         for name, teacher in self.teachers.items():
             levels = sorted({level for t in self.settings.terms if t.teacher == name for level in t.levels})
             teacher.load(self.device, levels, self._do_i_compile(), validation_cases)
             for dataset, cases in teacher.training_cases.items():
                 self.seen_cases.setdefault(dataset, set()).update(cases)
+            self.leaked_cases[name] = teacher.leaked_cases
             self._say_what_is_taught(name, teacher)
         self.loss: Any = self._distillation_loss(self.loss)
         for name, counts in getattr(self, "restored_competence", {}).items():
@@ -143,6 +146,14 @@ class nnUNetTrainerKDStudent(KDTrainer):
             for key in (term.name, f"{term.name} weighted"):
                 self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
         super().on_train_start()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Stock validation; a leak that was accepted is written into summary.json."""
+        super().perform_actual_validation(save_probabilities)
+        leaked = {name: cases for name, cases in self.leaked_cases.items() if cases}
+        if leaked and self.local_rank == 0:
+            file = Path(self.output_folder) / "validation" / "summary.json"
+            write_json(file, {**json.loads(file.read_text()), BLOCK: {"accepted_leakage": leaked}})
 
     def _say_what_is_taught(self, name: str, teacher: NNUNetTeacher) -> None:
         self.print_to_log_file(
@@ -243,3 +254,4 @@ class nnUNetTrainerKDStudent(KDTrainer):
         shapes = extra.get("projector_shapes", {})
         self.projector_shapes = {name: (shape[0], shape[1], shape[2]) for name, shape in shapes.items()}
         self.restored_competence = extra.get("competence", {})
+        self.leaked_cases = {name: teacher["leaked_cases"] for name, teacher in extra.get("teachers", {}).items()}
