@@ -182,8 +182,7 @@ class Demo:
             *("-d", *(_id(name) for name in self.names)),
             *("--joint", str(self.joint_id), "--joint_name", "DemoJoint", "-c", self.settings.configuration),
             *("-plans_name", TEACHER_PLANS, "-gpu_memory_target", GPU_MEMORY_TARGET_GB, "--width", WIDTH),
-            # Fingerprints are worth a second worker: stock nnU-Net draws 10^8 voxels per dataset, however small it is.
-            *("-np", str(self._share_of_cores()), "-npfp", str(NUM_AT_A_TIME * self._share_of_cores())),
+            *("-np", str(self._share_of_cores()), "-npfp", str(self._share_of_cores())),
         )
         outputs = tuple(self.preprocessed / name / f"{TEACHER_PLANS}.json" for name in [self.joint_name, *self.names])
         command = Command("plan_and_preprocess", arguments, outputs)
