@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -96,7 +97,7 @@ def write_plain_model(plain: PlainModel, folder: Path, fingerprint: Path | None 
     if fingerprint is not None and fingerprint.is_file():
         shutil.copyfile(fingerprint, folder / FINGERPRINT)
     for fold, weights in plain.weights.items():
-        checkpoint = {
+        checkpoint: dict[str, Any] = {
             "network_weights": weights,
             "trainer_name": "nnUNetTrainer",
             "init_args": {

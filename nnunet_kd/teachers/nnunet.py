@@ -127,8 +127,8 @@ class NNUNetTeacher:
         configuration = checkpoint["init_args"]["configuration"]
         if configuration not in self.plans["configurations"]:
             raise TeacherError(
-                f"Teacher '{self.name}': {self.files[0]} was trained in {configuration}, which {self.folder}/plans.json "
-                f"does not have. Give the model folder as nnU-Net wrote it."
+                f"Teacher '{self.name}': {self.files[0]} was trained in {configuration}, which plans.json in "
+                f"{self.folder} does not have. Give the model folder as nnU-Net wrote it."
             )
         return checkpoint["trainer_name"], configuration
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 DOTS_PER_INCH = 100
 PANEL_HEIGHT_INCHES = 14
@@ -21,8 +21,9 @@ def append_terms(progress_png: Path, values: Mapping[str, Sequence[float]]) -> N
         progress_png: The figure that stock nnU-Net has just written.
         values: Name to one value per epoch; names that end in `` weighted`` are drawn solid.
     """
-    stock = image.imread(progress_png)
-    figure = Figure(figsize=(stock.shape[1] / DOTS_PER_INCH, PANEL_HEIGHT_INCHES), dpi=DOTS_PER_INCH)
+    with Image.open(progress_png) as file:
+        stock = file.convert("RGB")
+    figure = Figure(figsize=(stock.width / DOTS_PER_INCH, PANEL_HEIGHT_INCHES), dpi=DOTS_PER_INCH)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, series in values.items():
@@ -33,5 +34,8 @@ def append_terms(progress_png: Path, values: Mapping[str, Sequence[float]]) -> N
     axes.tick_params(labelsize=24)
     axes.legend(fontsize=24)
     canvas.draw()
-    panel = np.asarray(canvas.buffer_rgba(), dtype=np.float32)[..., : stock.shape[2]] / 255
-    image.imsave(progress_png, np.concatenate([stock, panel[:, : stock.shape[1]]]))
+    panel = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    joined = Image.new("RGB", (stock.width, stock.height + panel.height), "white")
+    joined.paste(stock, (0, 0))
+    joined.paste(panel, (0, stock.height))
+    joined.save(progress_png, compress_level=1)  # the default takes seconds for figures of this size

@@ -346,7 +346,8 @@ def test_any_nnunet_teaches_and_settings_may_be_a_file(trained: Any, tmp_path: P
     assert checkpoint["logging"]["own.logits.dist"][0] > 0
     fold = trained.model(ALPHA, "Student") / "fold_3"
     assert read(fold / "validation" / "summary.json")["nnunet_kd"] == {"accepted_leakage": {"own": [leaked]}}
-    seen = {case for split in (0, 3) for case in read(trained.preprocessed / ALPHA / "splits_final.json")[split]["train"]}
+    splits = read(trained.preprocessed / ALPHA / "splits_final.json")
+    seen = {*splits[0]["train"], *splits[3]["train"]}
     assert set(checkpoint["nnunet_kd"]["training_cases"][ALPHA]) == seen  # its own, and through its teachers all others
 
 
