@@ -12,8 +12,9 @@ from nnunet_kd.cli.errors import clear_errors
 from nnunet_kd.data.joint import JointDataset
 from nnunet_kd.data.member import Member, dataset_name
 from nnunet_kd.errors import JointDatasetError
+from nnunet_kd.planners.existing import check_joint_name, outdated_teachers
 from nnunet_kd.planners.heads import read_heads
-from nnunet_kd.planners.joint_planner import TeacherPlan, check_joint_name, outdated_teachers, plan_joint
+from nnunet_kd.planners.joint_planner import TeacherPlan, plan_joint
 from nnunet_kd.planners.members import (
     StockSteps,
     check_planner,

@@ -116,6 +116,8 @@ def test_settings_of_the_user_are_kept(world: Any) -> None:
         change_json(file, lambda content: content["nnunet_kd"].update(training={"num_epochs": 7}))
     world.plan(*AGAIN, "-c", "3d_fullres")
     assert [read(file)["nnunet_kd"]["training"] for file in files] == [{"num_epochs": 7}] * 2
+    files[0].write_text(files[0].read_text()[:-2])  # a slip of the editor is no reason to lose them
+    assert f"{files[0]} is not valid JSON" in error_of(world, *AGAIN, "-c", "3d_fullres")
 
 
 def test_everything_is_checked_before_anything_is_written(world: Any) -> None:
