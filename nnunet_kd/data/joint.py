@@ -229,7 +229,7 @@ def changes(trained: Mapping[str, Any], plans: Mapping[str, Any], configuration:
     """What makes a network trained under the joint plans ``trained`` mean something else under ``plans``."""
     blocks = [JointDataset.from_plans(content).signature(configuration) for content in (trained, plans)]
     changed = [part for part in blocks[0] if blocks[0][part] != blocks[1][part]]
-    architectures = [content["configurations"][configuration]["architecture"] for content in (trained, plans)]
+    architectures = [content["configurations"].get(configuration, {}).get("architecture") for content in (trained, plans)]
     return changed + (["architecture"] if architectures[0] != architectures[1] else [])
 
 
@@ -244,7 +244,7 @@ def find_joint_datasets(member: str, plans_name: str | None = None) -> list[tupl
     for plans_file in sorted(Path(str(nnUNet_preprocessed)).glob("Dataset*/*.json")):
         if plans_file.name in ("dataset.json", "dataset_fingerprint.json", "splits_final.json"):
             continue
-        text = plans_file.read_text()
+        text = plans_file.read_text(errors="replace")
         if f'"{BLOCK}"' not in text:
             continue
         plans = json.loads(text)
