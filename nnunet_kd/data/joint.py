@@ -229,7 +229,8 @@ def changes(trained: Mapping[str, Any], plans: Mapping[str, Any], configuration:
     """What makes a network trained under the joint plans ``trained`` mean something else under ``plans``."""
     blocks = [JointDataset.from_plans(content).signature(configuration) for content in (trained, plans)]
     changed = [part for part in blocks[0] if blocks[0][part] != blocks[1][part]]
-    architectures = [content["configurations"].get(configuration, {}).get("architecture") for content in (trained, plans)]
+    planned = [content["configurations"].get(configuration, {}) for content in (trained, plans)]
+    architectures = [content.get("architecture") for content in planned]
     return changed + (["architecture"] if architectures[0] != architectures[1] else [])
 
 
