@@ -79,8 +79,8 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         if changed:
             raise JointDatasetError(
                 f"The folds in {folder} were trained under other joint plans ({', '.join(changed)} changed since). "
-                f"Plan under another name (nnUNetKD_plan_and_preprocess ... -plans_name NAME) and train with -p NAME, "
-                f"which keeps them; or move that folder away and train all folds again."
+                f"To keep them, plan the new joint dataset under another id (nnUNetKD_plan_and_preprocess ... --joint "
+                f"NEW_ID) and train that; or move this folder away and train all folds again."
             )
 
     @staticmethod

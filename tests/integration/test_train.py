@@ -239,7 +239,7 @@ def test_teacher_refuses_to_spoil_folds_of_other_joint_plans(copied: Any) -> Non
     for fold, more in ((1, ()), (0, ("--c",))):
         output = copied.train(900, "Teacher", "-p", "nnUNetKDPlans", *more, fold=fold, settings=settings, check=False)
         assert "were trained under other joint plans (heads changed since)" in output
-        assert "-plans_name NAME" in output
+        assert "--joint NEW_ID" in output
     assert (copied.teacher / "plans.json").read_bytes() == recorded
     assert not (copied.teacher / "fold_1").exists()
 
