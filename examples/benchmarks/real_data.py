@@ -7,6 +7,7 @@ Scenarios (architecture.md and the issue name them so):
   d  a half-width student of the hippocampus, taught by the teacher of a
   e  a weak teacher: 8 labelled hippocampus cases + nodules, a tenth of the budget
   f  as e, but with half of the budget and members drawn equally: poor instead of useless, which is harder to notice
+  g  the teacher of b with aligned members ("alignment": "dann"), against that of b
 
 Every run is a real trainer on a real fold: the same plans, budget, fold and seed for control and student; the teacher's
 fold is the student's fold; its budget is the sum of its members' controls (a part of that in e and f). Dice is computed
@@ -48,6 +49,8 @@ class Scenario:
     sampling_exponent: float = 0.5
     student_width: float = 1.0
     teacher_of: str | None = None
+    alignment: str = "none"
+    against_teacher_of: str | None = None  # only a teacher is trained, and compared with that one
     control_of: str | None = None
     test_on: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -68,6 +71,7 @@ SCENARIOS = {
         sampling_exponent=0.0,
         control_of="e",
     ),
+    "g": Scenario("2d", (MONTGOMERY, SHENZHEN), (MONTGOMERY, SHENZHEN), alignment="dann", against_teacher_of="b"),
 }
 TRAINERS = {kind: f"nnUNetTrainerKD{kind.capitalize()}" for kind in ("teacher", "control", "student")}
 
@@ -160,7 +164,7 @@ def prepare(root: Path, names: list[str]) -> None:
 
 def joint_id(scenario: str) -> str:
     """Joint dataset of a scenario."""
-    return str(900 + "abcdef".index(SCENARIOS[scenario].teacher_of or scenario))
+    return str(900 + "abcdefg".index(SCENARIOS[scenario].teacher_of or scenario))
 
 
 def preprocessed_folder(scenario: str) -> str:
@@ -218,7 +222,7 @@ def plan_runs(names: list[str], folds: list[int], seeds: list[int], variant: str
                 teacher = Run(scenario.teacher_of or name, "teacher", scenario.members[0], fold, seed)
                 if teacher not in teachers:
                     teachers.append(teacher)
-                for dataset in scenario.students:
+                for dataset in () if scenario.against_teacher_of else scenario.students:
                     control = Run(scenario.control_of or name, "control", dataset, fold, seed)
                     if control not in others:
                         others.append(control)
@@ -250,7 +254,11 @@ def train_and_test(root: Path, run: Run, steps: int, epochs: int, settings: dict
         folder = next(model.glob(f"nnUNetTrainerKDTeacher__*__{scenario.configuration}"))
         settings = {**settings, "teachers": {"joint": {"model": str(folder)}}}
     else:
-        settings = {"budget": "total", "sampling_exponent": scenario.sampling_exponent}
+        settings = {
+            "budget": "total",
+            "sampling_exponent": scenario.sampling_exponent,
+            "alignment": scenario.alignment,
+        }
     os.environ["nnUNetKD_settings"] = json.dumps({**settings, "training": training})
     dataset = joint_name(run.scenario) if run.kind == "teacher" else run.dataset
     plans = "nnUNetKDPlans" if run.kind == "teacher" else student_plans(run.scenario)
@@ -329,7 +337,8 @@ def collect(root: Path, names: list[str], folds: list[int], seeds: list[int]) ->
             continue
         for name in names:
             scenario = SCENARIOS[name]
-            borrowed = {"teacher": scenario.teacher_of, "control": scenario.control_of}.get(run.kind)
+            other_teacher = scenario.teacher_of or scenario.against_teacher_of
+            borrowed = {"teacher": other_teacher, "control": scenario.control_of}.get(run.kind)
             if run.scenario not in (name, borrowed):
                 continue
             for row in content["rows"]:
@@ -343,7 +352,7 @@ def collect(root: Path, names: list[str], folds: list[int], seeds: list[int]) ->
                     rows.append(
                         {
                             "dataset": f"({name}) {student[7:10]}{where}",
-                            "method": {"teacher": "teacher head"}.get(run.kind, run.kind + run.variant),
+                            "method": method_name(run, scenario),
                             "fold": run.fold,
                             "seed": run.seed,
                             **{key: row[key] for key in ("case", "class", "dice")},
@@ -351,9 +360,19 @@ def collect(root: Path, names: list[str], folds: list[int], seeds: list[int]) ->
                     )
     frame = pd.DataFrame(rows).sort_values("dataset", kind="stable")
     frame.to_csv(root / "cases.csv", index=False)
-    table = summarize(frame, "control")
+    alone = frame["dataset"].str[1].isin([name for name in names if SCENARIOS[name].against_teacher_of])
+    parts = [(frame[~alone], "control"), (frame[alone], "teacher head")]
+    table = pd.concat([summarize(part, against) for part, against in parts if len(part)], ignore_index=True)
     write_table(table, root)
     print(to_markdown(table))
+
+
+def method_name(run: Run, scenario: Scenario) -> str:
+    """A run's method in the table."""
+    if run.kind != "teacher":
+        return run.kind + run.variant
+    aligned = SCENARIOS[run.scenario].alignment
+    return "teacher head" + (f", {aligned}" if scenario.against_teacher_of and aligned != "none" else "")
 
 
 def jobs(root: Path, runs: list[Run]) -> Iterator[Run]:
