@@ -43,8 +43,11 @@ class nnUNetTrainerKDStudent(KDTrainer):
     """Student of multi-dataset cross-domain distillation (arXiv 2605.01563); terms and weights are our choice."""
 
     preset: ClassVar[dict[str, Any]] = {
-        "terms": [{"teacher": "joint", "on": "logits", "loss": "kl", "temperature": 4.0, "weight": 1.0}],
-        "guard": {"share": 0.5, "margin": 0.1, "exponent": 4.0},
+        "terms": [
+            {"on": "logits", "loss": "kl", "temperature": 4.0, "weight": 1.0},
+            {"on": "features", "loss": "mse", "levels": ["bottleneck", "decoder@1/2"], "weight": 0.5},
+        ],
+        "guard": {"margin": 0.1, "exponent": 4.0},
     }
 
     # ---- settings ----
