@@ -58,13 +58,11 @@ class Schedule:
 class Guard:
     """What keeps a weak teacher from hurting (our design). See ``training/guard.py``.
 
-    ``share``: the gradient of a logit term with respect to the student's output is scaled down to at most this share
-    of the supervised gradient; null switches the cap off. ``margin``: the terms of a teacher fade out linearly while
-    its Dice on the training batches falls behind the student's by up to this margin; null switches the fading off.
+    ``margin``: the terms of a teacher fade out linearly while its Dice on the training batches falls behind the
+    student's by up to this margin; null switches the fading off.
     ``exponent``: the terms of a teacher are multiplied by its Dice on the training batches to this power; 0 is off.
     """
 
-    share: float | None = None
     margin: float | None = None
     exponent: float = 0.0
 
@@ -295,7 +293,6 @@ def _check_ranges(settings: Settings) -> None:
         "training.weight_decay": training.weight_decay,
         "sampling_exponent": settings.sampling_exponent,
         "alignment_weight": settings.alignment_weight,
-        "guard.share": guard.share,
         "guard.margin": guard.margin,
         "guard.exponent": guard.exponent,
     }
@@ -315,7 +312,7 @@ def _check_ranges(settings: Settings) -> None:
         if term.on == "features" and not term.levels:
             raise SettingsError(
                 f"'{where}.levels' is empty. A term on features names its levels, for example "
-                f"[\"bottleneck\", \"decoder@1/2\", \"encoder@1/4\"]."
+                f'["bottleneck", "decoder@1/2", "encoder@1/4"].'
             )
         if term.teacher not in settings.teachers:
             raise SettingsError(

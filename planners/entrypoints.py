@@ -207,7 +207,7 @@ def _print_summary(joint: JointDataset, plans: Mapping[str, TeacherPlan], plans_
     views = [joint.member(name, configuration) for configuration in plans for name in joint.members]
     for command in dict.fromkeys(preprocess_command(view) for view in views if not is_preprocessed(view)):
         print(f"  {command}")
-    print("  eval \"$(nnUNetKD_env)\"")
+    print('  eval "$(nnUNetKD_env)"')
     print(f"  nnUNetv2_train {joint.name[7:10]} {configuration} 0 -tr nnUNetTrainerKDTeacher -p {plans_name}")
     for name, entry in joint.members.items():
         print(f"  nnUNetv2_train {name[7:10]} {configuration} 0 -tr nnUNetTrainerKDStudent -p {entry.plans}")

@@ -25,7 +25,6 @@ from nnunet_kd.files import write_json
 from nnunet_kd.inference.plain_model import (
     PlainModel,
     choose_member,
-    expand_outputs,
     in_own_labels,
     plain_member_model,
     plain_single_model,
@@ -144,7 +143,7 @@ def in_labels_of(plain: PlainModel, trained: nn.Module) -> Callable[[torch.Tenso
     label_map = plain.label_map
     if label_map is None:
         return trained
-    return lambda image: expand_outputs(trained(image), label_map, lower=True, axis=1)
+    return lambda image: label_map.expand(trained(image), lower=True, axis=1)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -26,7 +25,7 @@ from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.inference.trained_model import Fold, TrainedModel
 from nnunet_kd.networks.joint import Route, input_convolution
 from nnunet_kd.settings import BLOCK
-from nnunet_kd.spaces.labels import EXCLUDED_MARGIN, LabelMap
+from nnunet_kd.spaces.labels import LabelMap
 
 STOCK_NETWORKS = "dynamic_network_architectures."
 
@@ -235,32 +234,10 @@ def slice_weights(
             sliced[key] = value[:, list(route.channels)].clone()
         elif key.startswith("decoder.seg_layers."):
             head = value[route.start : route.stop].clone()
-            sliced[key] = head if label_map is None else expand_outputs(head, label_map, key.endswith(".bias"))
+            sliced[key] = head if label_map is None else label_map.expand(head, lower=key.endswith(".bias"), axis=0)
         else:
             sliced[key] = value
     return sliced
-
-
-def expand_outputs(values: Tensor, label_map: LabelMap, lower: bool, axis: int = 0) -> Tensor:
-    """Outputs of a shared head as those of a member's labels.
-
-    Args:
-        values: Weights, biases or logits with the head's channels along ``axis``.
-        label_map: From the member's labels to the head's.
-        lower: Lower the labels that do not speak, which is due to biases and logits but not to weights.
-        axis: The axis of the channels.
-
-    Returns:
-        The same with the member's labels along ``axis``. The first label of each class of the head gets its values; any
-        other label those of the background less a margin, so that it is never the most probable one.
-    """
-    speaking = {group[0]: channel for channel, group in enumerate(label_map.groups) if group}
-    labels = range(label_map.source.num_channels)
-    expanded = values.index_select(axis, torch.tensor([speaking.get(label, 0) for label in labels]))
-    silent = [label for label in labels if label not in speaking]
-    if lower and silent:
-        expanded.movedim(axis, 0)[silent] -= EXCLUDED_MARGIN
-    return expanded
 
 
 def without_block(description: Mapping[str, Any]) -> dict[str, Any]:

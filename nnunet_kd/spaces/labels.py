@@ -20,8 +20,8 @@ from nnunet_kd.errors import LabelSpaceError
 
 BACKGROUND = "background"
 IGNORE = "ignore"
-# Where labels of a member have no voice of their own: below the background's or the lowest logit of the voxel. Never
-# chosen, and small enough for nnU-Net, which adds up ten times the logits of overlapping patches in float16.
+# A label without a voice of its own is this far below the background: never chosen, and small enough for nnU-Net, which
+# adds up ten times the logits of overlapping patches in float16.
 EXCLUDED_MARGIN = 20.0
 ABSENT_LOGIT = -1e4  # relative to the logsumexp of all classes; its probability is exactly 0 in float32
 
@@ -169,6 +169,26 @@ class LabelMap:
             return torch.stack([_log_odds(channels, group) for group in self.groups], dim=1)
         absent = None if all(self.groups) else torch.logsumexp(logits, dim=1) + ABSENT_LOGIT
         return torch.stack([_log_sum(channels, group, absent) for group in self.groups], dim=1)
+
+    def expand(self, values: Tensor, *, lower: bool, axis: int) -> Tensor:
+        """The outputs of a shared head (target) as those of a member's labels (source), both exclusive labels.
+
+        Args:
+            values: Weights, biases or logits with the target's channels along ``axis``.
+            lower: Lower the labels that do not speak, which is due to biases and logits but not to weights.
+            axis: The axis of the channels.
+
+        Returns:
+            The same with the source's labels along ``axis``. The first label of each target class gets its values; any
+            other label those of the background less a margin, so that it is never the most probable one.
+        """
+        speaking = {group[0]: channel for channel, group in enumerate(self.groups) if group}
+        labels = range(self.source.num_channels)
+        expanded = values[(slice(None),) * axis + ([speaking.get(label, 0) for label in labels],)]
+        silent = [label for label in labels if label not in speaking]
+        if lower and silent:
+            expanded[(slice(None),) * axis + (silent,)] -= EXCLUDED_MARGIN
+        return expanded
 
     def lookup_table(self) -> Tensor:
         """Label values: ``table[source value] = target value``, the ignore label included. Unused values become 0.

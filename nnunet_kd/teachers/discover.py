@@ -44,7 +44,7 @@ def discover_joint_teacher(
             f"teacher first:\n"
             f"  nnUNetKD_plan_and_preprocess -d {dataset[7:10]} OTHER_ID --joint NEW_ID -c {configuration}\n"
             f"  nnUNetv2_train NEW_ID {configuration} {fold} -tr {TEACHER_TRAINER} -p nnUNetKDPlans\n"
-            f"or name any trained nnU-Net in the settings (teachers: {{\"joint\": {{\"model\": FOLDER}}}})."
+            f'or name any trained nnU-Net in the settings (teachers: {{"joint": {{"model": FOLDER}}}}).'
         )
     trained, commands = [], []
     for found, plans in candidates:
@@ -58,8 +58,10 @@ def discover_joint_teacher(
         )
     if len(trained) > 1:
         names = {name for name, _ in trained}
-        example = f'"joint": "{trained[0][0]}"' if len(names) > 1 else (
-            f'"teachers": {{"joint": {{"model": "{trained[0][1]}"}}}}'
+        example = (
+            f'"joint": "{trained[0][0]}"'
+            if len(names) > 1
+            else (f'"teachers": {{"joint": {{"model": "{trained[0][1]}"}}}}')
         )
         raise TeacherError(
             f"Several joint teachers are trained for {dataset} {configuration} fold {fold}: "

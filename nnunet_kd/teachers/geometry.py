@@ -134,7 +134,10 @@ def _channel_map(
     if schemes[0] in INDEPENDENT_SCHEMES:
         return ChannelMap(s)
     if schemes[0] != "CTNormalization":
-        raise NotImplementedError(f"Teaching across plans is not supported for {schemes[0]} (channel '{name}').")
+        raise NotImplementedError(
+            f"Teaching across plans is not supported for {schemes[0]} (channel '{name}'). Plan the student with the "
+            f"teacher's plans (nnUNetv2_move_plans_between_datasets)."
+        )
     own = student_plans.foreground_intensity_properties_per_channel[str(s)]
     other = teacher_plans.foreground_intensity_properties_per_channel[str(t)]
     keys = ("mean", "std", "percentile_00_5", "percentile_99_5")

@@ -139,8 +139,10 @@ class NNUNetTeacher:
                 f"teacher. Remove 'head'."
             )
         if self.configuration_manager.previous_stage_name is not None:
-            raise NotImplementedError("A cascaded single-dataset teacher is not supported; use its first stage or a "
-                                      "full-resolution model.")
+            raise NotImplementedError(
+                f"Teacher '{self.name}' in {self.folder} is the second stage of a cascade, which can teach only as a "
+                f"joint teacher. Name its first stage or a 3d_fullres model instead."
+            )
         names = channel_names(self.dataset_json)
         mapping = self._input_map(self.plans_manager, self.configuration_manager, names)
         return LabelSpace.from_dataset_json(self.dataset_json), mapping
@@ -267,14 +269,15 @@ class NNUNetTeacher:
             self._bf16_undecided = _cpu_has_bf16()
 
     def _check_leakage(self, file: Path, checkpoint: dict[str, Any], validation_cases: set[str]) -> None:
-        for dataset, cases in self._training_cases(file, checkpoint).items():
+        training_cases = self._training_cases(file, checkpoint)
+        for dataset, cases in training_cases.items():
             self.training_cases.setdefault(dataset, set()).update(cases)
-        seen = sorted(validation_cases & self._training_cases(file, checkpoint).get(self.student.dataset, set()))
+        seen = sorted(validation_cases & training_cases.get(self.student.dataset, set()))
         if seen and not self.settings.allow_leakage:
             raise LeakageError(
                 f"Teacher '{self.name}' ({file}) was trained on {len(seen)} validation cases of {self.student.dataset} "
                 f"fold {self.student.fold}, for example {', '.join(seen[:3])}. Use the teacher's fold "
-                f"{self.student.fold} (\"fold\": \"same\"), or set \"allow_leakage\": true, which is recorded with the "
+                f'{self.student.fold} ("fold": "same"), or set "allow_leakage": true, which is recorded with the '
                 f"results."
             )
         self.leaked_cases = sorted({*self.leaked_cases, *seen})

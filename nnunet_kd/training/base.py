@@ -23,7 +23,6 @@ from nnunet_kd.errors import SettingsError
 from nnunet_kd.files import replacing, write_json
 from nnunet_kd.settings import BLOCK, Settings, read_user_settings, resolve_settings
 
-CHECKPOINT_KEY = "nnunet_kd"
 MAX_GRADIENT_NORM = 12  # stock nnU-Net's
 
 
@@ -127,7 +126,7 @@ class KDTrainer(nnUNetTrainer):
         super().save_checkpoint(buffer)
         buffer.seek(0)
         checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
-        checkpoint[CHECKPOINT_KEY] = self.checkpoint_extra()
+        checkpoint[BLOCK] = self.checkpoint_extra()
         with replacing(Path(filename)) as temporary:
             torch.save(checkpoint, temporary)
 
@@ -137,7 +136,7 @@ class KDTrainer(nnUNetTrainer):
             checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
         else:
             checkpoint = filename_or_checkpoint
-        extra = checkpoint.get(CHECKPOINT_KEY, {})
+        extra = checkpoint.get(BLOCK, {})
         del checkpoint
         self.load_checkpoint_extra(extra)
         super().load_checkpoint(filename_or_checkpoint)

@@ -17,7 +17,7 @@ from nnunet_kd.losses.schedules import schedule_weight
 from nnunet_kd.settings import Guard, Settings, Term
 from nnunet_kd.spaces.labels import LabelMap
 from nnunet_kd.teachers.output import TeacherOutput
-from nnunet_kd.training.guard import CarriedGradient, Competence, gradient_share, gradients_of
+from nnunet_kd.training.guard import Competence
 
 
 @dataclass
@@ -108,41 +108,29 @@ class DistillationLoss(nn.Module):
         several = isinstance(target, (list, tuple))
         targets = list(target) if several else [target]
         outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+        total: Tensor = self.supervised(outputs if several else outputs[0], target)
         if not self.teacher_outputs:
-            return self.supervised(outputs if several else outputs[0], target)
-        copies = [o.detach().to(torch.promote_types(o.dtype, torch.float32)).requires_grad_() for o in outputs]
-        supervised = self.supervised(copies if several else copies[0], target)
-        gradients = gradients_of(supervised, copies)
-        of_supervised = gradients[0]
-        value = supervised.detach()
-        of_features = []
+            return total
         tapped = dict(zip(self.levels, features, strict=True))
         if self.guard.watches_dice:
-            self._update_competence(copies[0], targets[0])
+            self._update_competence(outputs[0], targets[0])
         for term in self.terms:
-            weight = term.weight(self.progress)
+            weight: Tensor | float = term.weight(self.progress)
             if weight == 0:
                 continue
             teacher = self.teacher_outputs[term.settings.teacher]
             label_map = self.student_maps[term.settings.teacher]
-            trust: Tensor | float = 1.0
-            if self.guard.watches_dice and teacher.logits is not None:
-                trust = self.competence[term.settings.teacher].factor(self.guard.margin, self.guard.exponent)
-            if term.settings.on == "features":
-                raw = self._feature_term(term, tapped, targets[0], teacher, label_map)
-                scaled = trust * weight * raw
-                of_features.append(scaled)
+            if term.settings.on == "logits":
+                raw = self._logit_term(term, outputs, targets, teacher, label_map)
             else:
-                raw = self._logit_term(term, copies, targets, teacher, label_map)
-                own = gradients_of(weight * raw, copies)
-                if self.guard.share is not None and of_supervised is not None and own[0] is not None:
-                    trust = trust * gradient_share(of_supervised, own[0], self.guard.share)
-                scaled = (trust * weight * raw).detach()
-                gradients = [_add(total, more, trust) for total, more in zip(gradients, own, strict=True)]
-                value = value + scaled
+                raw = self._feature_term(term, tapped, targets[0], teacher, label_map)
+            if self.guard.watches_dice:
+                competence = self.competence[term.settings.teacher]
+                weight = weight * competence.factor(self.guard.margin, self.guard.exponent)
+            scaled = weight * raw
+            total = total + scaled
             self.logged[term.name] = (raw.detach(), scaled.detach())
-        total: Tensor = CarriedGradient.apply(value, gradients, *outputs)
-        return total + sum(of_features)
+        return total
 
     def _logit_term(
         self,
@@ -178,12 +166,12 @@ class DistillationLoss(nn.Module):
 
     def _update_competence(self, output: Tensor, target: Tensor) -> None:
         for name, teacher in self.teacher_outputs.items():
-            if teacher.logits is not None:
-                label_map = self.student_maps[name]
-                labels, valid = common_target(target, label_map)
-                self.competence[name].update(
-                    label_map(output.detach()), teacher.logits, labels, valid, label_map.target.regions
-                )
+            assert teacher.logits is not None  # the trainer asks for them where the guard watches the Dice
+            label_map = self.student_maps[name]
+            labels, valid = common_target(target, label_map)
+            self.competence[name].update(
+                label_map(output.detach()), teacher.logits, labels, valid, label_map.target.regions
+            )
 
 
 def common_target(target: Tensor, label_map: LabelMap) -> tuple[Tensor, Tensor | None]:
@@ -226,13 +214,6 @@ def _channel_of_label(label_map: LabelMap, device: torch.device) -> Tensor:
 def projector_name(teacher: str, level: str) -> str:
     """Key of a projector; nn.ModuleDict allows no dots."""
     return f"{teacher} {level}".replace(".", "_")
-
-
-def _add(total: Tensor | None, more: Tensor | None, factor: Tensor | float) -> Tensor | None:
-    """``total`` + ``factor`` * ``more``, where None is 0."""
-    if more is None:
-        return total
-    return factor * more if total is None else total + factor * more
 
 
 def _has_features(output: Any) -> bool:

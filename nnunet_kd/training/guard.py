@@ -2,46 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 COMPETENCE_MOMENTUM = 0.98  # about the last 50 steps
 SMALL = 1e-8
-
-
-def gradients_of(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradient of a scalar with respect to every output; None where it does not depend on it."""
-    return list(torch.autograd.grad(loss, outputs, allow_unused=True))
-
-
-def gradient_share(of_supervised: Tensor, of_term: Tensor, share: float) -> Tensor:
-    """Factor in [0, 1] that holds a term's gradient to a share of the supervised one; both gradients [B, C, *S]."""
-    allowed = share * of_supervised.norm()
-    return (allowed / of_term.norm().clamp(min=SMALL)).clamp(max=1.0)
-
-
-class CarriedGradient(torch.autograd.Function):
-    """A scalar whose gradients with respect to the network's outputs are known already.
-
-    The losses are differentiated once, in float32, with respect to copies of the outputs, and what is known of each
-    loss's gradient decides its weight. float16 outputs would lose most of these gradients before they are scaled.
-    """
-
-    @staticmethod
-    def forward(context: Any, value: Tensor, gradients: Sequence[Tensor | None], *outputs: Tensor) -> Tensor:
-        """Return ``value``; ``gradients`` are those with respect to ``outputs``, of the same shapes."""
-        context.gradients = tuple(gradients)
-        context.dtypes = [output.dtype for output in outputs]
-        return value.clone()
-
-    @staticmethod
-    def backward(context: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
-        """Hand the gradients on, multiplied by what comes from above (GradScaler's factor)."""
-        pairs = zip(context.gradients, context.dtypes, strict=True)
-        return (None, None, *(None if g is None else (scale[0] * g).to(dtype) for g, dtype in pairs))
 
 
 class Competence:

@@ -7,7 +7,7 @@ from typing import Any
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
-from nnunet_kd.spaces.labels import EXCLUDED_MARGIN, LabelMap
+from nnunet_kd.spaces.labels import LabelMap
 
 
 class MemberView(nn.Module):
@@ -20,9 +20,7 @@ class MemberView(nn.Module):
         super().__init__()
         self.network = network
         self.decoder = decoder  # nnU-Net switches deep supervision here
-        self.num_channels = label_map.source.num_channels
-        self.representatives = [group[0] for group in label_map.groups if group]
-        self.head_channels = [index for index, group in enumerate(label_map.groups) if group]
+        self.label_map = label_map
 
     @property
     def module(self) -> MemberView:
@@ -31,11 +29,7 @@ class MemberView(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, labels of the member, *S]."""
-        logits = self.network(image)
-        spoken = logits[:, self.head_channels]
-        expanded = (spoken.amin(1, keepdim=True) - EXCLUDED_MARGIN).repeat_interleave(self.num_channels, dim=1)
-        expanded[:, self.representatives] = spoken
-        return expanded
+        return self.label_map.expand(self.network(image), lower=True, axis=1)
 
 
 def evaluation_labels(label_manager: LabelManager, label_map: LabelMap) -> Any:

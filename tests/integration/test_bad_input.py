@@ -197,9 +197,7 @@ def resplit(world: Any) -> None:
     ("change", "named"),
     [(replan, "plans"), (relabel, "dataset.json"), (lose_a_case, "cases"), (resplit, "splits")],
 )
-def test_member_that_changed_since_the_joint_planning(
-    copied: Any, change: Callable[[Any], None], named: str
-) -> None:
+def test_member_that_changed_since_the_joint_planning(copied: Any, change: Callable[[Any], None], named: str) -> None:
     change(copied)
     output = copied.train(900, "Teacher", "-p", "nnUNetKDPlans", fold=2, check=False)
     assert f"{ALPHA} changed since {JOINT} was planned ({named})" in output

@@ -97,9 +97,7 @@ def test_teacher_validates_every_member_and_sums_up(trained: Any) -> None:
         means.append(own["foreground_mean"]["Dice"])
     assert overall["foreground_mean"]["Dice"] == pytest.approx(np.nanmean(means))
     assert [case["member"] for case in overall["metric_per_case"]] == list(NAMES.values())
-    predicted = sitk.GetArrayFromImage(
-        sitk.ReadImage(str(next((fold / GAMMA / "validation").glob("*.nii.gz"))))
-    )
+    predicted = sitk.GetArrayFromImage(sitk.ReadImage(str(next((fold / GAMMA / "validation").glob("*.nii.gz")))))
     assert set(np.unique(predicted)) <= {0, 1, 2}
 
 
@@ -352,9 +350,7 @@ def test_any_nnunet_teaches_and_settings_may_be_a_file(trained: Any, tmp_path: P
 
 
 # --- other configurations, architectures and heads --------------------------------------------------------------------
-def test_two_dimensional_images_and_volumes_meet_in_2d(
-    trained: Any, make_dataset: Callable[..., Path]
-) -> None:
+def test_two_dimensional_images_and_volumes_meet_in_2d(trained: Any, make_dataset: Callable[..., Path]) -> None:
     make_dataset(trained.raw, 4, "Delta", dimension=2, shape=(24, 28))
     message = trained.plan("-d", "1", "4", "--joint", "901", "-c", "3d_fullres", check=False)
     assert "Dataset004_Delta has no configuration 3d_fullres" in message

@@ -56,7 +56,7 @@ def test_later_layers_win() -> None:
 def test_resolved_settings_are_complete_and_read_back_the_same() -> None:
     given = {
         **settings_with_term(on="features", loss="mse", levels=["bottleneck"], schedule={"kind": "cosine"}, weight=2),
-        "guard": {"share": 0.5},
+        "guard": {"margin": 0.5},
     }
     settings = parse_settings(given)
     again = parse_settings(json.loads(json.dumps(settings.to_dict())))
@@ -200,8 +200,8 @@ def test_yaml_runs_no_code(tmp_path: Path) -> None:
         (settings_with_term(on="features", loss="mse", levels="bottleneck"), ["'terms[0].levels'", "list"]),
         (settings_with_term(on="features", loss="mse", levels=[2]), ["'terms[0].levels[0]'"]),
         (settings_with_term(levels=["bottleneck"]), ["'terms[0].levels'", "features"]),
-        ({"guard": {"share": -1}}, ["'guard.share'"]),
-        ({"guard": {"share": "half"}}, ["'guard.share'"]),
+        ({"guard": {"margin": -1}}, ["'guard.margin'"]),
+        ({"guard": {"margin": "half"}}, ["'guard.margin'"]),
         ({"guard": {"margin": -0.1}}, ["'guard.margin'"]),
     ],
 )

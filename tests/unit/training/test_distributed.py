@@ -198,7 +198,7 @@ def make_loss(projectors: Mapping[str, nn.Module]) -> DistillationLoss:
         {"joint": match_label_spaces(SPACE, SPACE)[0]},
         projectors,
         LEVELS,
-        Guard(share=0.5, margin=0.1, exponent=4.0),
+        Guard(margin=0.1, exponent=4.0),
     )
 
 

@@ -1,4 +1,4 @@
-"""The guard's numbers against gradients by hand and Dice by counting voxels."""
+"""The guard's numbers against Dice by counting voxels."""
 
 from __future__ import annotations
 
@@ -6,38 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnunet_kd.training.guard import COMPETENCE_MOMENTUM, CarriedGradient, Competence, gradient_share
+from nnunet_kd.training.guard import COMPETENCE_MOMENTUM, Competence
 
 
-def test_gradient_share_by_hand() -> None:
-    a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    torch.testing.assert_close(gradient_share(a, 5 * b, 0.3), 0.3 * a.norm() / (5 * b.norm()))
-
-
-def test_term_that_is_small_enough_is_left_alone() -> None:
-    gradient = torch.randn(1, 2, 4, 4)
-    assert gradient_share(gradient, 0.1 * gradient, 0.5) == 1
-
-
-def test_share_zero_switches_the_term_off_and_a_term_without_gradient_is_harmless() -> None:
-    gradient = torch.randn(1, 2, 4, 4)
-    assert gradient_share(gradient, gradient, 0.0) == 0
-    assert gradient_share(gradient, 0 * gradient, 0.5) == 1
-
-
-def test_gradients_are_carried_to_the_outputs() -> None:
-    outputs = [torch.randn(1, 2, 4, 4, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float16)]
-    unused = torch.randn(3, requires_grad=True)
-    gradients = [torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4), None]
-    value = CarriedGradient.apply(torch.tensor(2.5), gradients, *outputs, unused)
-    assert value == 2.5
-    (4 * value).backward()
-    torch.testing.assert_close(outputs[0].grad, 4 * gradients[0])
-    torch.testing.assert_close(outputs[1].grad, (4 * gradients[1]).half())
-    assert unused.grad is None
-
-
-# --- competence -------------------------------------------------------------------------------------------------------
 def one_hot_logits(labels: Tensor, channels: int) -> Tensor:
     return torch.nn.functional.one_hot(labels[:, 0], channels).movedim(-1, 1).float()
 
