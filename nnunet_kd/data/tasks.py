@@ -1,0 +1,214 @@
+"""The tasks that a dataset declares in dataset.json under ``nnunet_kd``: segmentation, classification, detection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Any
+
+from nnunet_kd.errors import NnUNetKDError
+from nnunet_kd.settings import BLOCK
+
+CLASSIFICATION_FILE = "classification.csv"
+DETECTION_FILE = "boxes.json"
+ONE_COLUMN = '{"file": "classification.csv", "column": "grade", "classes": ["II", "III"]}'
+SEVERAL_COLUMNS = '{"file": "classification.csv", "columns": ["effusion", "nodule"]}'
+DETECTION = '{"file": "boxes.json", "classes": ["nodule"]}'
+CLASSIFICATION_FORM = f"{ONE_COLUMN}, or {SEVERAL_COLUMNS} (one column of 0 and 1 per finding), or a list of these"
+
+
+class TaskError(NnUNetKDError):
+    """``nnunet_kd`` in a dataset.json declares tasks in a form that is not allowed."""
+
+
+@dataclass(frozen=True)
+class ClassificationTarget:
+    """One thing to classify per image.
+
+    Attributes:
+        name: Name in the outputs; by default the column, or "findings" where several columns are given.
+        file: CSV file beside dataset.json.
+        columns: One column whose values are the classes, or one column of 0 and 1 per finding.
+        classes: Classes in the order of the outputs; of findings, the columns.
+        multilabel: Several classes may be present at once (a sigmoid per class instead of a softmax).
+    """
+
+    name: str
+    file: str
+    columns: tuple[str, ...]
+    classes: tuple[str, ...]
+    multilabel: bool
+
+
+@dataclass(frozen=True)
+class DetectionTarget:
+    """Objects to find as boxes.
+
+    Attributes:
+        file: JSON file beside dataset.json.
+        classes: Classes in the order of the outputs.
+    """
+
+    file: str
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What a dataset has labels for.
+
+    Attributes:
+        segmentation: ``labelsTr`` holds real segmentations.
+        classification: Targets in the order of their declaration.
+        detection: None without boxes.
+        split_by: Column of ``groups_file`` whose values must not be on both sides of a fold (patient, site).
+    """
+
+    segmentation: bool = True
+    classification: tuple[ClassificationTarget, ...] = ()
+    detection: DetectionTarget | None = None
+    split_by: str | None = None
+
+    @classmethod
+    def from_dataset_json(cls, dataset_json: Mapping[str, Any]) -> Tasks:
+        """Read ``nnunet_kd.tasks`` and ``nnunet_kd.split_by``; without them a dataset is segmentation only.
+
+        Raises:
+            TaskError: A key or value has another form than the allowed one, or no task is left.
+        """
+        block = _object(dataset_json.get(BLOCK, {}), BLOCK, '{"tasks": {...}, "split_by": COLUMN}')
+        tasks = _object(
+            block.get("tasks", {}), "tasks", '{"segmentation": true, "classification": ..., "detection": ...}'
+        )
+        _known_keys(tasks, "tasks", ("segmentation", "classification", "detection"))
+        segmentation = tasks.get("segmentation", True)
+        if not isinstance(segmentation, bool):
+            raise TaskError(_wrong("tasks.segmentation", segmentation, "true or false"))
+        split_by = block.get("split_by")
+        if split_by is not None and not _is_name(split_by):
+            raise TaskError(_wrong("split_by", split_by, f"the name of a column of {CLASSIFICATION_FILE}"))
+        classification = _classification(tasks["classification"]) if "classification" in tasks else ()
+        detection = _detection(tasks["detection"]) if "detection" in tasks else None
+        if not segmentation and not classification and detection is None:
+            raise TaskError(
+                f"dataset.json declares no task: {BLOCK}.tasks.segmentation is false and there is neither "
+                f"'classification' nor 'detection'. Declare one, for example \"detection\": {DETECTION}."
+            )
+        return cls(segmentation, classification, detection, split_by)
+
+    @property
+    def is_segmentation_only(self) -> bool:
+        """Segmentation is the one task, as in stock nnU-Net."""
+        return self.segmentation and not self.classification and self.detection is None
+
+    def with_heads(self, classification: bool, detection: bool) -> Tasks:
+        """The tasks that a network learns which has heads for these."""
+        return replace(
+            self,
+            classification=self.classification if classification else (),
+            detection=self.detection if detection else None,
+        )
+
+    @property
+    def groups_file(self) -> str:
+        """The file with the column ``split_by``: the first classification target's, else classification.csv."""
+        return self.classification[0].file if self.classification else CLASSIFICATION_FILE
+
+
+def _classification(value: Any) -> tuple[ClassificationTarget, ...]:
+    key = "tasks.classification"
+    entries = value if isinstance(value, list) else [value]
+    if not entries:
+        raise TaskError(_wrong(key, value, CLASSIFICATION_FORM))
+    targets = tuple(
+        _target(entry, f"{key}[{index}]" if isinstance(value, list) else key) for index, entry in enumerate(entries)
+    )
+    names = [target.name for target in targets]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise TaskError(
+            f"{BLOCK}.{key} in dataset.json has several targets named '{repeated[0]}'. Give each a \"name\" of its own."
+        )
+    return targets
+
+
+def _target(value: Any, key: str) -> ClassificationTarget:
+    entry = _object(value, key, CLASSIFICATION_FORM)
+    _known_keys(entry, key, ("name", "file", "column", "columns", "classes"))
+    file = _file(entry, key, CLASSIFICATION_FILE)
+    if ("column" in entry) == ("columns" in entry):
+        raise TaskError(
+            f"{BLOCK}.{key} in dataset.json needs either 'column' or 'columns', and has {_both_or_none(entry)}. Write "
+            f"{CLASSIFICATION_FORM}."
+        )
+    if "columns" in entry:
+        columns = classes = _names(entry["columns"], f"{key}.columns", '["effusion", "nodule"]', minimum=1)
+        if "classes" in entry:
+            raise TaskError(
+                f"{BLOCK}.{key} in dataset.json has 'columns' and 'classes', but every column is a class of its own "
+                f"there. Remove 'classes', or name one 'column' whose values are the classes."
+            )
+        default_name = "findings"
+    else:
+        default_name = entry["column"]
+        if not _is_name(default_name):
+            raise TaskError(_wrong(f"{key}.column", default_name, f"the name of a column of {file}"))
+        columns = (default_name,)
+        classes = _names(entry.get("classes"), f"{key}.classes", '["benign", "malignant"]', minimum=2)
+    name = entry.get("name", default_name)
+    if not _is_name(name) or "/" in name:
+        # predictions name their columns TARGET/CLASS
+        raise TaskError(_wrong(f"{key}.name", name, "a text without '/' (by default the column)"))
+    return ClassificationTarget(name, file, columns, classes, multilabel="columns" in entry)
+
+
+def _both_or_none(entry: Mapping[str, Any]) -> str:
+    return "both" if "column" in entry else "neither"
+
+
+def _detection(value: Any) -> DetectionTarget:
+    key = "tasks.detection"
+    entry = _object(value, key, DETECTION)
+    _known_keys(entry, key, ("file", "classes"))
+    classes = _names(entry.get("classes"), f"{key}.classes", '["nodule"]', minimum=1)
+    return DetectionTarget(_file(entry, key, DETECTION_FILE), classes)
+
+
+def _object(value: Any, key: str, form: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TaskError(_wrong(key, value, form))
+    return value
+
+
+def _known_keys(entry: Mapping[str, Any], key: str, allowed: Sequence[str]) -> None:
+    unknown = sorted(set(entry) - set(allowed))
+    if unknown:
+        raise TaskError(
+            f"{BLOCK}.{key} in dataset.json has the unknown key '{unknown[0]}'. Allowed are {', '.join(allowed)}."
+        )
+
+
+def _file(entry: Mapping[str, Any], key: str, default: str) -> str:
+    file = entry.get("file", default)
+    if not _is_name(file) or PurePath(file).name != file:
+        raise TaskError(_wrong(f"{key}.file", file, f"the name of a file beside dataset.json, for example '{default}'"))
+    return str(file)
+
+
+def _names(value: Any, key: str, form: str, minimum: int) -> tuple[str, ...]:
+    form = f"a list of at least {minimum} different text(s), for example {form}"
+    if not isinstance(value, list) or not all(_is_name(name) for name in value):
+        raise TaskError(_wrong(key, value, form))
+    if len(set(value)) < len(value) or len(value) < minimum:
+        raise TaskError(_wrong(key, value, form))
+    return tuple(value)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and value == value.strip()
+
+
+def _wrong(key: str, value: Any, form: str) -> str:
+    where = BLOCK if key == BLOCK else f"{BLOCK}.{key}"
+    return f"{where} in dataset.json is {value!r}. It must be {form}."
