@@ -94,16 +94,33 @@ def forward_unet(
         Outputs, highest resolution first: all deep supervision levels if the decoder has deep supervision switched on,
         otherwise one. And the features of ``stages`` in their order, each [B, C_stage, *S / stride].
     """
-    decoder = network.decoder
+    skips, decoded = encode_and_decode(network, image)
+    return segment(network, decoded, head), select_features(stages, skips, decoded)
+
+
+def encode_and_decode(network: UNet, image: Tensor, decode: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    """Features of all encoder stages, and of all decoder stages from the bottleneck on (none without ``decode``)."""
     skips = network.encoder(image)
     features = [skips[-1]]
-    for index, (upsample, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
-        merged = torch.cat((upsample(features[-1]), skips[-(index + 2)]), 1)
-        features.append(stage(merged))
-    features = features[1:]
-    wanted = range(len(features)) if decoder.deep_supervision else (len(features) - 1,)
-    outputs = [apply_head(decoder.seg_layers[index], features[index], head) for index in reversed(wanted)]
-    return outputs, [skips[stage.index] if stage.part == "encoder" else features[stage.index] for stage in stages]
+    if decode:
+        for index, (upsample, stage) in enumerate(
+            zip(network.decoder.transpconvs, network.decoder.stages, strict=True)
+        ):
+            merged = torch.cat((upsample(features[-1]), skips[-(index + 2)]), 1)
+            features.append(stage(merged))
+    return skips, features[1:]
+
+
+def segment(network: UNet, decoded: Sequence[Tensor], head: slice | None = None) -> list[Tensor]:
+    """Outputs of the decoder's features, highest resolution first; one without deep supervision."""
+    decoder = network.decoder
+    wanted = range(len(decoded)) if decoder.deep_supervision else (len(decoded) - 1,)
+    return [apply_head(decoder.seg_layers[index], decoded[index], head) for index in reversed(wanted)]
+
+
+def select_features(stages: Sequence[Stage], skips: Sequence[Tensor], decoded: Sequence[Tensor]) -> list[Tensor]:
+    """The features of ``stages`` in their order, each [B, C_stage, *S / stride]."""
+    return [skips[stage.index] if stage.part == "encoder" else decoded[stage.index] for stage in stages]
 
 
 def apply_head(layer: Any, features: Tensor, head: slice | None) -> Tensor:
@@ -132,6 +149,6 @@ def tap(network: UNet, stages: Sequence[Stage]) -> None:
     seeing the same network with the same keys.
     """
     check_unet(network)
-    if not isinstance(network, TapMixin):
+    if not hasattr(network, "tapped_stages"):
         network.__class__ = type(f"Tapped{type(network).__name__}", (TapMixin, type(network)), {})
     network.tapped_stages = tuple(stages)
