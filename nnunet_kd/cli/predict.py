@@ -1,4 +1,4 @@
-"""The command nnUNetKD_predict: nnUNetv2_predict for any model folder, and for one head of a joint teacher."""
+"""The command nnUNetKD_predict: nnUNetv2_predict for any model folder, all its tasks, one head of a joint teacher."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ[TRAINERS_VARIABLE] = add_trainers_folder(os.environ.get(TRAINERS_VARIABLE, ""))
     # imported late, so that --help and errors in the arguments take no seconds
     import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    from nnunet_kd.inference.predict import initialize_predictor
+    from nnunet_kd.inference.predict import build_predictor, has_heads
     from nnunet_kd.inference.trained_model import open_model
 
     if not 0 <= args.part_id < args.num_parts:
@@ -36,7 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_interop_threads(1)
     elif args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(multiprocessing.cpu_count())
-    predictor = nnUNetPredictor(
+    predictor = build_predictor(
+        model,
+        head=args.head,
+        member=args.member,
+        tasks=args.tasks,
+        box_merging=args.box_merging,
         tile_step_size=args.step_size,
         use_mirroring=not args.disable_tta,
         perform_everything_on_device=not args.not_on_device,
@@ -45,7 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         verbose_preprocessing=args.verbose,
         allow_tqdm=not args.disable_progress_bar,
     )
-    initialize_predictor(predictor, model, args.head, args.member)
     previous_stage = predictor.configuration_manager.previous_stage_name
     if previous_stage is not None and args.prev_stage_predictions is None:
         raise NnUNetKDError(
@@ -58,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "overwrite": not args.continue_prediction,
         "folder_with_segs_from_prev_stage": args.prev_stage_predictions,
     }
-    if args.npp == 0 and args.nps == 0:
+    if args.npp == 0 and args.nps == 0 and not has_heads(model):
         predictor.predict_from_files_sequential(args.i, args.o, **shared)
         return
     predictor.predict_from_files(
@@ -80,21 +83,36 @@ def fold(text: str) -> int | str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnUNetKD_predict",
-        description="Predict from raw images with a trained model folder, as nnUNetv2_predict does. Of a joint "
-        "teacher, --head says which member or head to predict.",
+        description="Predict from raw images with a trained model folder, as nnUNetv2_predict does, and all tasks that "
+        "the model has. Of a joint teacher, --head says which member or head to predict.",
     )
     parser.add_argument("-m", required=True, help="Model folder; may be relative to nnUNet_results")
     parser.add_argument("--head", default=None, help="Joint teacher: member (name or id) or shared head to predict")
     parser.add_argument("--member", default=None, help="Joint teacher: whose images, if several share the head")
     parser.add_argument("-i", required=True, help="Input folder; names and file ending as in the training dataset")
     parser.add_argument("-o", required=True, help="Output folder; made if it does not exist")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=("segmentation", "classification", "detection"),
+        default=None,
+        help="Predict these only. Default: all that the model has; classes go into classification.csv, boxes into "
+        "boxes.json of the output folder, beside the segmentations",
+    )
+    parser.add_argument(
+        "--box_merging",
+        choices=("cluster", "suppress"),
+        default="cluster",
+        help="How boxes of tiles, mirrored views and folds become one: weighted clustering (scores are comparable "
+        "between one fold and several) or non-maximum suppression. Default: cluster",
+    )
     parser.add_argument("-f", nargs="+", type=fold, default=None, help="Folds. Default: all that are trained")
     parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
     parser.add_argument("-step_size", type=float, default=0.5, help="Step of the sliding window in tiles. Default: 0.5")
     parser.add_argument("--disable_tta", action="store_true", help="No mirroring: faster, less accurate")
     parser.add_argument("--verbose", action="store_true", help="Say more")
     parser.add_argument("--save_probabilities", action="store_true", help="Also write class probabilities")
-    parser.add_argument("--continue_prediction", "--c", action="store_true", help="Keep files that are there already")
+    parser.add_argument("--continue_prediction", "--c", action="store_true", help="Keep what is predicted already")
     parser.add_argument("-npp", type=int, default=_default("nnUNet_npp"), help="Preprocessing processes. Default: 3")
     parser.add_argument("-nps", type=int, default=_default("nnUNet_nps"), help="Export processes. Default: 3")
     parser.add_argument("-prev_stage_predictions", default=None, help="Cascade: folder of the previous stage's labels")

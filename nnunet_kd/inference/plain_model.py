@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from nnunet_kd.data.joint import JointDataset
 from nnunet_kd.data.member import Member
+from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.inference.trained_model import Fold, TrainedModel
 from nnunet_kd.networks.joint import Route, input_convolution
+from nnunet_kd.networks.multitask import stock_architecture, stock_weights
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.labels import LabelMap
 
@@ -157,13 +159,23 @@ def plain_member_model(model: TrainedModel, member_name: str, own_labels: bool) 
 
 
 def plain_single_model(model: TrainedModel) -> PlainModel:
-    """A student, a control or any stock model without anything of ours.
+    """A student, a control or any stock model without anything of ours: of several tasks, the segmentation.
 
     Raises:
-        NnUNetKDError: Its trainer is not installed, or builds a network that stock nnU-Net does not.
+        NnUNetKDError: It has no segmentation, or its trainer is not installed or builds a network that stock nnU-Net
+            does not.
     """
+    if not Tasks.from_dataset_json(model.dataset_json).segmentation:
+        raise NnUNetKDError(
+            f"{model.folder} predicts no segmentation, and a plain nnU-Net predicts nothing else. Use "
+            f"nnUNetKD_predict where nnunet_kd is installed."
+        )
     plans, dataset_json = without_block(model.plans), without_block(model.dataset_json)
+    for content in plans["configurations"].values():
+        if "architecture" in content:
+            content["architecture"] = stock_architecture(content["architecture"])
     weights, configuration, trainer_name, mirroring_axes, training_cases = _load(model)
+    weights = {fold: stock_weights(own) for fold, own in weights.items()}
     check_stock_network(plans, configuration, trainer_name)
     return PlainModel(plans, dataset_json, configuration, weights, mirroring_axes, training_cases=training_cases)
 

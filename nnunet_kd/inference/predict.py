@@ -1,12 +1,60 @@
-"""Prediction from raw images through stock nnU-Net's predictor, also with one head of a joint teacher."""
+"""Prediction from raw images through nnU-Net's predictor: with all tasks, or with one head of a joint teacher."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
 
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.inference.plain_model import choose_member, in_own_labels, plain_member_model
 from nnunet_kd.inference.trained_model import TrainedModel
+from nnunet_kd.networks.multitask import planned_heads
+
+
+def build_predictor(
+    model: TrainedModel,
+    *,
+    head: str | None = None,
+    member: str | None = None,
+    tasks: Collection[str] | None = None,
+    box_merging: Any = "cluster",
+    **options: Any,
+) -> nnUNetPredictor:
+    """Return a predictor that is ready: of all tasks where the plans have heads for them, else the stock one.
+
+    Args:
+        model: Any trained nnU-Net.
+        head: See :func:`initialize_predictor`.
+        member: See :func:`initialize_predictor`.
+        tasks: Predict these only: "segmentation", "classification", "detection". None predicts all.
+        box_merging: "cluster" or "suppress", see ``CasePredictor``.
+        **options: Of the stock predictor.
+
+    Raises:
+        NnUNetKDError: As :func:`initialize_predictor`, or the model does not predict a task.
+    """
+    if has_heads(model):
+        from nnunet_kd.inference.task_predictor import TaskPredictor  # needs MONAI, which takes a second to import
+
+        predictor = TaskPredictor(box_merging=box_merging, **options)
+        initialize_predictor(predictor, model, head, member)
+        predictor.choose_tasks(tasks)
+        return predictor
+    others = sorted(set(tasks or ()) - {"segmentation"})
+    if others:
+        raise NnUNetKDError(f"{model.folder} does not predict {' and '.join(others)}, only segmentation.")
+    stock = nnUNetPredictor(**options)
+    initialize_predictor(stock, model, head, member)
+    return stock
+
+
+def has_heads(model: TrainedModel) -> bool:
+    """Whether the plans of a model of one dataset have heads for classification or detection."""
+    configurations = model.plans["configurations"].values()
+    architectures = [own["architecture"] for own in configurations if "architecture" in own]
+    return model.joint is None and any(planned_heads(own) is not None for own in architectures)
 
 
 def initialize_predictor(
