@@ -43,6 +43,24 @@ class Training:
 
 
 @dataclass(frozen=True)
+class TaskSettings:
+    """How a dataset's tasks are trained together, where its plans have heads for them.
+
+    ``segmentation``, ``classification``, ``detection``: weights of the tasks' losses. ``balance``: how rare image-level
+    classes are made up for: "sampling" draws each class, and each group of a class, equally often; "loss" weighs the
+    loss by class frequency; "none". ``label_smoothing``: of the classification loss, in [0, 1). ``minimum_visible``: a
+    box counts in a patch where at least this fraction of its object is visible, in [0, 1].
+    """
+
+    segmentation: float = 1.0
+    classification: float = 1.0
+    detection: float = 1.0
+    balance: Literal["sampling", "loss", "none"] = "sampling"
+    label_smoothing: float = 0.0
+    minimum_visible: float = 0.3
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Weight factor over the training: constant, or a linear or cosine ramp from ``start`` to ``warmup``.
 
@@ -114,6 +132,7 @@ class Settings:
 
     joint: str | None = None
     training: Training = field(default_factory=Training)
+    tasks: TaskSettings = field(default_factory=TaskSettings)
     sampling_exponent: float = 0.5
     budget: Literal["member", "total"] = "member"
     alignment: Literal["none", "dann"] = "none"
@@ -275,7 +294,7 @@ def _describe(expected: Any) -> str:
 
 
 def _check_ranges(settings: Settings) -> None:
-    training, guard = settings.training, settings.guard
+    training, guard, tasks = settings.training, settings.guard, settings.tasks
     positive = {
         "training.num_epochs": training.num_epochs,
         "training.num_iterations_per_epoch": training.num_iterations_per_epoch,
@@ -287,10 +306,17 @@ def _check_ranges(settings: Settings) -> None:
     for key, value in positive.items():
         if value <= 0:
             raise SettingsError(f"'{key}' is {value}; it must be greater than 0.")
-    fractions = {"training.oversample_foreground_percent": training.oversample_foreground_percent}
+    fractions = {
+        "training.oversample_foreground_percent": training.oversample_foreground_percent,
+        "tasks.label_smoothing": tasks.label_smoothing,
+        "tasks.minimum_visible": tasks.minimum_visible,
+    }
     not_negative = {
         "training.seed": training.seed,
         "training.weight_decay": training.weight_decay,
+        "tasks.segmentation": tasks.segmentation,
+        "tasks.classification": tasks.classification,
+        "tasks.detection": tasks.detection,
         "sampling_exponent": settings.sampling_exponent,
         "alignment_weight": settings.alignment_weight,
         "guard.margin": guard.margin,

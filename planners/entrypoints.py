@@ -27,6 +27,7 @@ from nnunet_kd.planners.members import (
 )
 from nnunet_kd.planners.student_planner import check_member_plans, read_settings_file, write_member_plans
 from nnunet_kd.planners.student_planner import plan_student as write_student_plans
+from nnunet_kd.planners.tasks import declared_tasks, prepare_side_files, stand_in_segmentations, write_splits
 
 STOCK_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 
@@ -36,11 +37,12 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
     """Entry point of nnUNetKD_plan_and_preprocess."""
     parser = argparse.ArgumentParser(
         prog="nnUNetKD_plan_and_preprocess",
-        description="Plan a joint teacher over several nnU-Net datasets. Stock fingerprint, planning and preprocessing "
-        "run for members that lack them; the others are left as they are. No image data is copied.",
+        description="Plan a joint teacher over several nnU-Net datasets, or (without --joint) the heads for the "
+        "classification and detection tasks of each. Stock fingerprint, planning and preprocessing run for datasets "
+        "that lack them; the others are left as they are. No image data is copied.",
     )
     parser.add_argument("-d", nargs="+", required=True, help="Dataset ids or names of the members, for example 301 302")
-    parser.add_argument("--joint", required=True, type=_dataset_id, help="Id of the joint dataset, for example 900")
+    parser.add_argument("--joint", default=None, type=_dataset_id, help="Id of the joint dataset, for example 900")
     parser.add_argument("--joint_name", default=None, help="Name after DatasetXXX_. Default: the existing, or Joint")
     parser.add_argument("-c", nargs="+", default=None, help="Configurations. Default: all that every member has")
     parser.add_argument("-p", default=None, help="The members' plans. Default: what the planner writes (nnUNetPlans)")
@@ -63,9 +65,13 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
             f"contain '__'."
         )
     members = [dataset_name(entry) for entry in args.d]
-    name = _joint_name(args.joint, args.joint_name)
-    check_joint_name(name, members)
+    name = None if args.joint is None else _joint_name(args.joint, args.joint_name)
+    if name is not None:
+        check_joint_name(name, members)
+    elif args.heads is not None or args.joint_name is not None:
+        raise JointDatasetError("--heads and --joint_name describe a joint dataset. Give its id with --joint.")
     heads = read_heads(args.heads, members)
+    tasks = {member: declared_tasks(member) for member in members}
     for member in members:
         check_planner(member, members_plans, args.pl)
         check_member_plans(member, members_plans, args.plans_name)
@@ -79,11 +85,24 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
         verify_dataset_integrity=args.verify_dataset_integrity,
     )
     for member in members:
-        prepare_member(member, steps, ())
-    configurations = _configurations(members, members_plans, args.c)
+        prepare_side_files(member, tasks[member])
+        with stand_in_segmentations(member, tasks[member]):
+            prepare_member(member, steps, ())
+    chosen = {m: _configurations([m], members_plans, args.c) for m in members} if name is None else {}
+    configurations = _configurations(members, members_plans, args.c) if name is not None else []
     if not args.no_pp:
         for member in members:
-            prepare_member(member, StockSteps(planner, members_plans, num_processes=args.np), configurations)
+            with stand_in_segmentations(member, tasks[member]):
+                needed = chosen.get(member, configurations)
+                prepare_member(member, StockSteps(planner, members_plans, num_processes=args.np), needed)
+    if name is None:
+        for member in members:
+            write_splits(Member(member, members_plans, chosen[member][0]))
+            print(f"Wrote {write_member_plans(member, members_plans, args.plans_name, None)}. Train with:")
+            print('  eval "$(nnUNetKD_env)"')
+            for c in chosen[member]:
+                print(f"  nnUNetv2_train {member[7:10]} {c} 0 -tr nnUNetTrainerKDControl -p {args.plans_name}")
+        return
     joint, plans = plan_joint(
         name,
         members,

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-from nnunetv2.paths import nnUNet_raw
 
 from nnunet_kd.data.joint import HeadEntry, JointDataset, MemberEntry
-from nnunet_kd.data.member import Member, read_json
-from nnunet_kd.data.splits import REPAIR_SPLITS, Split, join_splits, member_splits, read_groups
+from nnunet_kd.data.member import Member
+from nnunet_kd.data.splits import join_splits
 from nnunet_kd.environment import environment
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
@@ -35,6 +34,7 @@ from nnunet_kd.planners.existing import (
 from nnunet_kd.planners.heads import plan_heads
 from nnunet_kd.planners.members import find_planner, member_cases, planning_threads
 from nnunet_kd.planners.student_planner import settings_of
+from nnunet_kd.planners.tasks import planned_splits
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.channels import ChannelSpace, union
 
@@ -103,7 +103,7 @@ def plan_joint(
     normalisation = {c: _check_normalisation(views[c]) for c in configurations}
     cases = {c: {m: member_cases(view) for m, view in views[c].items()} for c in configurations}
     own_cases = cases[configurations[0]]
-    splits = {m: _splits(view, own_cases[m]) for m, view in first.items()}
+    splits = {m: planned_splits(view, own_cases[m]) for m, view in first.items()}
     joint_splits = join_splits(splits, own_cases)
     plans_of = {
         c: plan_teacher(name, views[c], channels.names, heads, head_of, planner, gpu_memory_target, width)
@@ -285,31 +285,6 @@ def _check_normalisation(members: Mapping[str, Member]) -> dict[str, tuple[str, 
             schemes.setdefault(channel, (scheme, bool(use_mask)))
             origin.setdefault(channel, name)
     return schemes
-
-
-def _splits(member: Member, cases: Sequence[str]) -> list[Split]:
-    """The member's splits_final.json, or what stock training would write there, grouped by ``split_by``."""
-    if member.splits_file.is_file():
-        return read_json(member.splits_file, REPAIR_SPLITS)
-    block = member.dataset_json.get(BLOCK, {})
-    groups = None
-    if "split_by" in block:
-        file = block.get("tasks", {}).get("classification", {}).get("file", "classification.csv")
-        groups = read_groups(_side_file(member, file), block["split_by"])
-    try:
-        return member_splits(cases, None, groups)
-    except JointDatasetError as error:
-        raise JointDatasetError(f"{member.name}: {error}") from error
-
-
-def _side_file(member: Member, file: str) -> Path:
-    for folder in (member.base_folder, Path(str(nnUNet_raw)) / member.name):
-        if (folder / file).is_file():
-            return folder / file
-    raise JointDatasetError(
-        f"{member.name} is split by '{member.dataset_json[BLOCK]['split_by']}' (dataset.json), but {file} is neither "
-        f"in its raw nor in its preprocessed folder. Put it there, or write {member.splits_file} yourself."
-    )
 
 
 def _joint_files(

@@ -16,26 +16,29 @@ from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.errors import JointDatasetError, SettingsError
 from nnunet_kd.files import write_json
 from nnunet_kd.networks.width import scale_width
+from nnunet_kd.planners.tasks import with_heads
 from nnunet_kd.settings import BLOCK, DESCRIPTION_KEYS, merge, parse_settings, read_user_settings
 
 MIN_FEATURES = 8
 
 
-def write_member_plans(member: str, base_plans: str, plans_name: str, joint_name: str) -> Path:
+def write_member_plans(member: str, base_plans: str, plans_name: str, joint_name: str | None) -> Path:
     """Write the member's stock plans as ``plans_name`` with our block; repeating it for another joint adds that one.
 
-    Settings that the user wrote into the block stay.
+    Networks get heads for the member's classification and detection tasks. Settings that the user wrote into the block
+    stay.
 
     Raises:
         JointDatasetError: See :func:`check_member_plans`.
     """
     existing = check_member_plans(member, base_plans, plans_name)
-    plans = copy.deepcopy(Member(member, base_plans, "").plans)
+    plans = with_heads(Member(member, base_plans, "").plans, member, base_plans)
     plans["plans_name"] = plans_name
+    joints = {*existing.get("member_of", []), *([] if joint_name is None else [joint_name])}
     plans[BLOCK] = {
         **merge(plans.get(BLOCK, {}), settings_of(existing)),
         "student": {**existing.get("student", {}), "base": base_plans},
-        "member_of": sorted({*existing.get("member_of", []), joint_name}),
+        "member_of": sorted(joints),
     }
     path = _path(member, plans_name)
     write_json(path, plans)
@@ -98,6 +101,7 @@ def plan_student(
     for configuration in plans["configurations"].values():
         if "architecture" in configuration:
             configuration["architecture"] = scale_width(configuration["architecture"], width, min_features)
+    plans = with_heads(plans, dataset, base_plans)
     plans["plans_name"] = plans_name
     plans[BLOCK] = block
     write_json(path, plans)

@@ -14,6 +14,7 @@ from nnunet_kd.errors import SettingsError
 from nnunet_kd.losses import build_loss
 from nnunet_kd.losses.deep_supervision import deep_supervision_loss
 from nnunet_kd.losses.schedules import schedule_weight
+from nnunet_kd.networks.multitask import TaskOutputs
 from nnunet_kd.settings import Guard, Settings, Term
 from nnunet_kd.spaces.labels import LabelMap
 from nnunet_kd.teachers.output import TeacherOutput
@@ -103,12 +104,16 @@ class DistillationLoss(nn.Module):
         self.logged: dict[str, tuple[Tensor, Tensor]] = {}
 
     def forward(self, output: Any, target: Any) -> Tensor:
-        """``output`` is the network's: outputs alone, or outputs and the tapped features while training."""
-        outputs, features = output if _has_features(output) else (output, [])
+        """``output`` is the network's: outputs alone, or while training also the tapped features or all tasks."""
         several = isinstance(target, (list, tuple))
         targets = list(target) if several else [target]
-        outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
-        total: Tensor = self.supervised(outputs if several else outputs[0], target)
+        if isinstance(output, TaskOutputs):
+            outputs, features = output.segmentation, output.features
+            total: Tensor = self.supervised(output, target)
+        else:
+            found, features = output if _has_features(output) else (output, [])
+            outputs = list(found) if isinstance(found, (list, tuple)) else [found]
+            total = self.supervised(outputs if several else outputs[0], target)
         if not self.teacher_outputs:
             return total
         tapped = dict(zip(self.levels, features, strict=True))

@@ -1,4 +1,4 @@
-"""The loss terms in ``progress.png``: one more panel below those of stock nnU-Net."""
+"""More curves in ``progress.png``: a panel below those of stock nnU-Net."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ DOTS_PER_INCH = 100
 PANEL_HEIGHT_INCHES = 14
 
 
-def append_terms(progress_png: Path, values: Mapping[str, Sequence[float]]) -> None:
-    """Append a panel with one line per term and epoch; raw values dotted, weighted ones solid.
+def append_curves(progress_png: Path, title: str, values: Mapping[str, Sequence[float]], dotted: str = "") -> None:
+    """Append a panel with one line per name.
 
     Args:
         progress_png: The figure that stock nnU-Net has just written.
-        values: Name to one value per epoch; names that end in `` weighted`` are drawn solid.
+        title: Label of the panel's axis.
+        values: Name to one value per epoch.
+        dotted: Names that do not end so are drawn dotted.
     """
     with Image.open(progress_png) as file:
         stock = file.convert("RGB")
@@ -27,10 +29,10 @@ def append_terms(progress_png: Path, values: Mapping[str, Sequence[float]]) -> N
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, series in values.items():
-        style = "-" if name.endswith(" weighted") else "dotted"
+        style = "-" if name.endswith(dotted) else "dotted"
         axes.plot(range(len(series)), series, ls=style, label=name, linewidth=4)
     axes.set_xlabel("epoch", fontsize=30)
-    axes.set_ylabel("distillation terms", fontsize=30)
+    axes.set_ylabel(title, fontsize=30)
     axes.tick_params(labelsize=24)
     axes.legend(fontsize=24)
     canvas.draw()

@@ -32,20 +32,21 @@ from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.spaces.labels import LabelMap
 from nnunet_kd.teachers.discover import discover_joint_teacher, is_wanted
 from nnunet_kd.teachers.nnunet import NNUNetTeacher, Student
-from nnunet_kd.training.base import KDTrainer
 from nnunet_kd.training.distillation import DistillationLoss, build_terms, projector_name
-from nnunet_kd.training.progress import append_terms
+from nnunet_kd.training.progress import append_curves
+from nnunet_kd.training.task_loss import TaskLoss
+from nnunet_kd.training.task_trainer import TaskTrainer
 
 SETTINGS_FILE = "nnunet_kd_settings.json"
 
 
-class nnUNetTrainerKDStudent(KDTrainer):
+class nnUNetTrainerKDStudent(TaskTrainer):
     """Student of multi-dataset cross-domain distillation (arXiv 2605.01563); terms and weights are our choice."""
 
     preset: ClassVar[dict[str, Any]] = {
         "terms": [
             {"on": "logits", "loss": "kl", "temperature": 4.0, "weight": 1.0},
-            {"on": "features", "loss": "mse", "levels": ["bottleneck", "decoder@1/2"], "weight": 0.5},
+            {"on": "features", "loss": "mse", "levels": ["bottleneck", "decoder@1/2"], "weight": 15.0},
         ],
         "guard": {"margin": 0.1, "exponent": 4.0},
     }
@@ -156,7 +157,8 @@ class nnUNetTrainerKDStudent(KDTrainer):
         leaked = {name: cases for name, cases in self.leaked_cases.items() if cases}
         if leaked and self.local_rank == 0:
             file = Path(self.output_folder) / "validation" / "summary.json"
-            write_json(file, {**json.loads(file.read_text()), BLOCK: {"accepted_leakage": leaked}})
+            content = json.loads(file.read_text())
+            write_json(file, {**content, BLOCK: {**content.get(BLOCK, {}), "accepted_leakage": leaked}})
 
     def _say_what_is_taught(self, name: str, teacher: NNUNetTeacher) -> None:
         self.print_to_log_file(
@@ -175,11 +177,18 @@ class nnUNetTrainerKDStudent(KDTrainer):
         maps: dict[str, LabelMap] = {name: teacher.student_map for name, teacher in self.teachers.items()}
         used = [term for term in self.settings.terms if term.teacher in self.teachers]
         settings = Settings(teachers=self.settings.teachers, terms=used)
-        weights = supervised.weight_factors if isinstance(supervised, DeepSupervisionWrapper) else (1.0,)
+        segmentation = supervised.segmentation if isinstance(supervised, TaskLoss) else supervised
+        weights = segmentation.weight_factors if isinstance(segmentation, DeepSupervisionWrapper) else (1.0,)
         terms = build_terms(settings, {name: label_map.target.regions for name, label_map in maps.items()})
         return DistillationLoss(
             supervised, weights, terms, maps, self.wrapped_auxiliary, self.levels, self.settings.guard
         ).to(self.device)
+
+    @property
+    def task_loss(self) -> TaskLoss:
+        """The supervised part of the loss."""
+        loss: Any = self.loss.supervised if isinstance(self.loss, DistillationLoss) else self.loss
+        return loss
 
     # ---- training ----
 
@@ -234,7 +243,7 @@ class nnUNetTrainerKDStudent(KDTrainer):
         logged = self.logger.local_logger.my_fantastic_logging
         terms = {key: logged[key] for term in self.loss.terms for key in (term.name, f"{term.name} weighted")}
         if self.local_rank == 0 and terms:
-            append_terms(Path(self.output_folder) / "progress.png", terms)
+            append_curves(Path(self.output_folder) / "progress.png", "distillation terms", terms, dotted=" weighted")
 
     # ---- checkpoint ----
 

@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 from nnunetv2.paths import nnUNet_results
@@ -26,6 +24,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed, nn
 
+from nnunet_kd.data.augmenters import augmenters
 from nnunet_kd.data.joint import JointDataset, changes
 from nnunet_kd.data.joint_network import build_joint_network
 from nnunet_kd.data.loader import JointLoader, MapLabelsTransform, PadToMultipleTransform, member_probabilities
@@ -145,7 +144,7 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         return self.plans_manager.get_label_manager(head.dataset_json)
 
     def _member_loss(self, name: str) -> nn.Module:
-        with self._attributes(
+        with self.attributes(
             label_manager=self._head_label_manager(name), configuration_manager=self._configuration(name)
         ):
             loss = self._build_loss()
@@ -173,18 +172,8 @@ class nnUNetTrainerKDTeacher(KDTrainer):
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         """Deep supervision follows the teacher's strides, whichever member speaks."""
-        with self._attributes(configuration_manager=self.joint_configuration_manager):
+        with self.attributes(configuration_manager=self.joint_configuration_manager):
             return super()._get_deep_supervision_scales()
-
-    @contextmanager
-    def _attributes(self, **values: Any) -> Iterator[None]:
-        """Set attributes of the trainer for the duration of a block."""
-        before = {name: getattr(self, name) for name in values}
-        self.__dict__.update(values)
-        try:
-            yield
-        finally:
-            self.__dict__.update(before)
 
     @contextmanager
     def speaking_for(self, name: str) -> Iterator[Member]:
@@ -194,7 +183,7 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         if self.is_cascaded:
             folder = Path(str(nnUNet_results), *Path(self.folder_with_segs_from_previous_stage).parts[-4:-2])
             previous = str(folder / name / "predicted_next_stage" / self.configuration_name)
-        with self._attributes(
+        with self.attributes(
             member=name,
             plans_manager=member.plans_manager,
             configuration_manager=self._configuration(name),
@@ -252,34 +241,14 @@ class nnUNetTrainerKDTeacher(KDTrainer):
                 training[name], validation[name] = single_training.data_loader, single_validation.data_loader
         joint_training = JointLoader(training, self.probabilities)
         joint_validation = JointLoader(validation, None)
-        if num_processes == 0:
-            return SingleThreadedAugmenter(joint_training, None), SingleThreadedAugmenter(joint_validation, None)
-        pin_memory = self.device.type == "cuda"
-        augmenters = [
-            NonDetMultiThreadedAugmenter(
-                data_loader=loader,
-                transform=None,
-                num_processes=processes,
-                num_cached=cached,
-                seeds=None,
-                pin_memory=pin_memory,
-                wait_time=0.002,
-            )
-            for loader, processes, cached in (
-                (joint_training, num_processes, max(6, num_processes // 2)),
-                (joint_validation, max(1, num_processes // 2), max(3, num_processes // 4)),
-            )
-        ]
-        for augmenter in augmenters:
-            next(augmenter)
-        return augmenters[0], augmenters[1]
+        return augmenters(joint_training, joint_validation, num_processes, pin_memory=self.device.type == "cuda")
 
     # ---- training -------------------------------------------------------------------------------------------------
 
     def print_plans(self) -> None:
         """Stock log of the plans without our block, which holds the members' plans."""
         plans = {key: value for key, value in self.plans_manager.plans.items() if key != BLOCK}
-        with self._attributes(plans_manager=PlansManager(plans)):
+        with self.attributes(plans_manager=PlansManager(plans)):
             super().print_plans()
 
     def on_train_start(self) -> None:
@@ -381,7 +350,7 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         for name in self.members:
             self.print_to_log_file(f"Validating {name}")
             self.joint_network.select(name)
-            with self.speaking_for(name), self._attributes(**self._member_output(name)):
+            with self.speaking_for(name), self.attributes(**self._member_output(name)):
                 super().perform_actual_validation(save_probabilities)
         self.joint_network.select(None)
         if self.local_rank == 0:

@@ -36,6 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     (tmp_path / DATASET).mkdir()
     (tmp_path / DATASET / "nnUNetPlans.json").write_text(json.dumps(PLANS))
+    (tmp_path / DATASET / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "lesion": 1}}))
     return tmp_path / DATASET
 
 
@@ -47,6 +48,17 @@ def test_half_width_changes_the_features_and_the_name_only(folder: Path) -> None
     expected["nnunet_kd"] = {"student": {"base": "nnUNetPlans", "width": 0.5, "min_features": 8}}
     assert written == expected
     assert json.loads((folder / "nnUNetPlans.json").read_text()) == PLANS
+
+
+def test_declared_tasks_get_heads_of_their_own(folder: Path) -> None:
+    target = {"column": "grade", "classes": ["II", "III", "IV"]}
+    dataset_json = {"labels": {"background": 0, "lesion": 1}, "nnunet_kd": {"tasks": {"classification": target}}}
+    (folder / "dataset.json").write_text(json.dumps(dataset_json))
+    written = json.loads(plan_student(DATASET, "nnUNetPlans", "Half", width=0.5).read_text())
+    arguments = written["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert arguments["classification"] == {"targets": [["grade", 3]]}
+    assert arguments["detection"] is None
+    assert (arguments["backbone"], arguments["features_per_stage"]) == ("PlainConvUNet", [16, 32])
 
 
 def test_settings_go_into_the_block_and_are_checked(folder: Path) -> None:

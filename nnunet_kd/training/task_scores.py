@@ -1,0 +1,90 @@
+"""Scores of the tasks on an epoch's validation patches: they choose checkpoint_best and are drawn, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nnunet_kd.data.side_files import CaseBoxes
+from nnunet_kd.data.tasks import Tasks
+from nnunet_kd.evaluation.detection import PredictedBoxes, evaluate_detection
+from nnunet_kd.tasks.classification import macro_auroc, probabilities
+from nnunet_kd.tasks.detection import Detections
+
+
+class TaskScores:
+    """Collects patches and scores them: macro AUROC of each classification target, AP at IoU 0.1 of detection.
+
+    A patch counts as an image of its own, so the scores are rougher than those of the final validation.
+    """
+
+    def __init__(self, tasks: Tasks) -> None:
+        self.tasks = tasks
+        self.scores: dict[str, list[NDArray[np.float32]]] = {target.name: [] for target in tasks.classification}
+        self.labels: dict[str, list[NDArray[np.float32]]] = {target.name: [] for target in tasks.classification}
+        self.detections: list[PredictedBoxes] = []
+        self.boxes: list[CaseBoxes] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the scores, in order."""
+        detection = [] if self.tasks.detection is None else ["AP"]
+        return [f"AUROC {target.name}" for target in self.tasks.classification] + detection
+
+    def add(
+        self,
+        logits: Mapping[str, Tensor] | None,
+        detections: Sequence[Detections] | None,
+        batch: Mapping[str, Any],
+    ) -> None:
+        """Add a batch: logits [B, classes] per target, B detections, and the batch with its labels."""
+        for target in self.tasks.classification if logits is not None else ():
+            assert logits is not None
+            self.scores[target.name].append(
+                probabilities(logits[target.name], multilabel=target.multilabel).numpy(force=True)
+            )
+            self.labels[target.name].append(batch["class_labels"][target.name].numpy(force=True))
+        if detections is not None:
+            for found, boxes, labels in zip(detections, batch["boxes"], batch["box_labels"], strict=True):
+                self.detections.append(
+                    (
+                        found.labels.numpy(force=True),
+                        found.boxes.double().numpy(force=True),
+                        found.scores.double().numpy(force=True),
+                    )
+                )
+                self.boxes.append(CaseBoxes(labels.numpy(force=True), boxes.double().numpy(force=True)))
+
+    def values(self) -> dict[str, float]:
+        """Each score in [0, 1]; NaN where it is not defined, for example without a positive patch."""
+        result: dict[str, float] = {}
+        for target in self.tasks.classification:
+            parts = self.scores[target.name], self.labels[target.name]
+            known = bool(parts[0])
+            result[f"AUROC {target.name}"] = macro_auroc(*map(np.concatenate, parts)) if known else float("nan")
+        if self.tasks.detection is not None:
+            images = [str(index) for index in range(len(self.boxes))]
+            scores = evaluate_detection(
+                dict(zip(images, self.boxes, strict=True)),
+                dict(zip(images, self.detections, strict=True)),
+                self.tasks.detection.classes,
+                num_resamples=0,
+            )
+            result["AP"] = scores.mean.ap_10
+        return result
+
+    @classmethod
+    def joined(cls, parts: Sequence[TaskScores]) -> TaskScores:
+        """All that several processes collected."""
+        joined = cls(parts[0].tasks)
+        for part in parts:
+            for name in joined.scores:
+                joined.scores[name] += part.scores[name]
+                joined.labels[name] += part.labels[name]
+            joined.detections += part.detections
+            joined.boxes += part.boxes
+        return joined

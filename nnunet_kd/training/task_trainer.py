@@ -1,0 +1,204 @@
+"""Training of all tasks that the plans have heads for: segmentation, classification, detection.
+
+Where the plans have no heads this is stock nnU-Net. Host behaviour relied on (nnunetv2 2.8): ``get_dataloaders``
+returns loaders inside SingleThreadedAugmenter when nnUNet_n_proc_DA is 0; ``validation_step`` calls ``self.network``
+and ``self.loss`` once each; ``mean_fg_dice`` decides about ``checkpoint_best``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.helpers import dummy_context
+from torch import autocast, distributed, nn
+
+from nnunet_kd.data.augmenters import augmenters
+from nnunet_kd.data.task_data import TaskData
+from nnunet_kd.data.tasks import Tasks
+from nnunet_kd.environment import environment
+from nnunet_kd.networks.multitask import TaskOutputs, planned_heads
+from nnunet_kd.tasks.classification import ClassificationLoss, class_weights
+from nnunet_kd.tasks.detection import DetectionTask
+from nnunet_kd.tasks.detection_plan import DetectionPlan
+from nnunet_kd.training.base import KDTrainer
+from nnunet_kd.training.progress import append_curves
+from nnunet_kd.training.task_loss import TaskLoss
+from nnunet_kd.training.task_scores import TaskScores
+from nnunet_kd.training.task_validation import validate_tasks
+
+
+class TaskTrainer(KDTrainer):
+    """Stock nnU-Net plus the heads of the plans; all of a dataset's tasks share one network and one step."""
+
+    # ---- set-up -----------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """Find out which tasks are trained, then initialise as stock nnU-Net does."""
+        self.tasks: Tasks | None = None
+        heads = planned_heads(self.configuration_manager.configuration["architecture"])
+        if heads is not None:
+            self.tasks = Tasks.from_dataset_json(self.dataset_json).with_heads(*(head is not None for head in heads))
+            self.detection_plan = None if heads[1] is None else DetectionPlan.from_dict(heads[1])
+        super().initialize()
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        """Stock optimizer of a network that gives all tasks while it trains."""
+        result = super().configure_optimizers()
+        if self.tasks is not None:
+            network: Any = self.unwrapped_network()
+            network.train_tasks(self.tasks.segmentation)
+        return result
+
+    def _build_loss(self) -> nn.Module:
+        """Stock loss; with heads, the sum over the tasks."""
+        loss: nn.Module = super()._build_loss()
+        if self.tasks is None:
+            return loss
+        classification = {
+            target.name: ClassificationLoss(
+                multilabel=target.multilabel, label_smoothing=self.settings.tasks.label_smoothing
+            )
+            for target in self.tasks.classification
+        }
+        detection = None if self.detection_plan is None else DetectionTask(self.detection_plan)
+        segmentation = loss if self.tasks.segmentation else None
+        return TaskLoss(segmentation, classification, detection, self.settings.tasks).to(self.device)
+
+    @property
+    def task_loss(self) -> TaskLoss:
+        """The supervised loss of the tasks."""
+        loss: Any = self.loss
+        return loss
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """Stock loaders; with heads, they also carry class labels and boxes."""
+        if self.tasks is None:
+            return super().get_dataloaders()
+        data = TaskData.read(self.plans_manager.dataset_name, self.tasks, len(self.configuration_manager.patch_size))
+        processes = get_allowed_n_proc_DA()
+        with environment({"nnUNet_n_proc_DA": "0"}):  # stock nnU-Net then returns the bare loaders
+            stock = [augmenter.data_loader for augmenter in super().get_dataloaders()]
+        training, validation = (
+            data.loader(
+                loader,
+                self.dataset_json["labels"],
+                self.plans_manager.transpose_forward,
+                self.settings.tasks,
+                training=loader is stock[0],
+            )
+            for loader in stock
+        )
+        if self.settings.tasks.balance == "loss":
+            self._weigh_classes(data, list(training.indices))
+        return augmenters(training, validation, processes, pin_memory=self.device.type == "cuda")
+
+    def _weigh_classes(self, data: TaskData, cases: list[str]) -> None:
+        for target, loss in zip(data.tasks.classification, self.task_loss.classification, strict=True):
+            labels = torch.from_numpy(data.labels_of(cases, target.name))
+            loss.weights = class_weights(labels, multilabel=target.multilabel).to(self.device)
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Start as stock nnU-Net does; the tasks' scores become curves of their own."""
+        super().on_train_start()
+        for name in self._curves():
+            self.logger.local_logger.my_fantastic_logging.setdefault(name, [])
+
+    def train_step(self, batch: dict) -> dict:
+        """Stock training step on all tasks."""
+        if self.tasks is not None:
+            self.task_loss.set_batch(batch, self.device)
+        return super().train_step(batch)
+
+    # ---- validation -------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start collecting what the tasks' scores need."""
+        super().on_validation_epoch_start()
+        if self.tasks is not None:
+            self.task_scores = TaskScores(self.tasks)
+
+    def validation_step(self, batch: dict) -> dict:
+        """One pass for all tasks; the segmentation's part is stock nnU-Net's."""
+        if self.tasks is None:
+            return super().validation_step(batch)
+        loss = self.task_loss
+        loss.set_batch(batch, self.device)
+        batch["data"] = batch["data"].to(self.device, non_blocking=True)
+        with autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            outputs: TaskOutputs = self.network(batch["data"], tasks=True)
+        several = isinstance(batch["target"], list)
+        target = [t.to(self.device) for t in batch["target"]] if several else batch["target"].to(self.device)
+        total = float(loss(outputs, target))
+        detections = None
+        if outputs.detection is not None and loss.detection is not None:
+            detections = loss.detection.decode(outputs.detection, batch["data"].shape[2:])
+        self.task_scores.add(outputs.classification, detections, batch)
+        result: dict[str, Any] = {"loss": np.array(total)}
+        if self.tasks.segmentation:
+            segmentation = outputs.segmentation if self.enable_deep_supervision else outputs.segmentation[0]
+            with self.attributes(network=lambda data: segmentation, loss=lambda output, target: output[0].sum()):
+                result = {**super().validation_step(batch), **result}
+        return result
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """Stock pseudo Dice; with heads, the mean over the tasks' scores takes the place of its mean."""
+        if self.tasks is None:
+            super().on_validation_epoch_end(val_outputs)
+            return
+        parts = [(val_outputs, self.task_scores)]
+        if self.is_ddp:
+            gathered: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(gathered, parts[0])
+            parts = gathered
+        outputs = [output for own, _ in parts for output in own]
+        scores = TaskScores.joined([own for _, own in parts]).values()
+        dice: list[float] = [float("nan")]
+        if self.tasks.segmentation:
+            tp, fp, fn = (np.sum([output[key] for output in outputs], 0) for key in ("tp_hard", "fp_hard", "fn_hard"))
+            with np.errstate(invalid="ignore"):
+                dice = (2 * tp / (2 * tp + fp + fn)).tolist()
+            scores = {"Dice": float(np.nanmean(dice)) if not np.isnan(dice).all() else float("nan"), **scores}
+        known = [score for score in scores.values() if not np.isnan(score)]
+        self.logger.log("mean_fg_dice", float(np.mean(known)) if known else 0.0, self.current_epoch)
+        self.logger.log("dice_per_class_or_region", dice, self.current_epoch)
+        self.logger.log("val_losses", float(np.mean([output["loss"] for output in outputs])), self.current_epoch)
+        for name in self._curves():
+            self.logger.log(name, scores[name], self.current_epoch)
+        self.print_to_log_file("Pseudo scores:", ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+    def on_epoch_end(self) -> None:
+        """Stock epoch end; the tasks' scores are added to progress.png."""
+        super().on_epoch_end()
+        curves = {name: self.logger.local_logger.my_fantastic_logging[name] for name in self._curves()}
+        if self.local_rank == 0 and curves:
+            append_curves(Path(self.output_folder) / "progress.png", "pseudo scores", curves)
+
+    # ---- final validation -------------------------------------------------------------------------------------------
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Stock validation of the segmentation, then that of the other tasks."""
+        if self.tasks is None or self.tasks.segmentation:
+            super().perform_actual_validation(save_probabilities)
+        if self.tasks is None:
+            return
+        declared = {"classification": self.tasks.classification, "detection": self.tasks.detection}
+        wanted = [name for name, task in declared.items() if task]
+        _, cases = self.do_split()
+        self.set_deep_supervision_enabled(False)
+        self.network.eval()
+        metrics = validate_tasks(self, wanted, cases, Path(self.output_folder) / "validation")
+        for note in metrics.get("notes", []):
+            self.print_to_log_file(note)
+        self.print_to_log_file(f"Validation of {' and '.join(wanted)} complete, see summary.json")
+        self.set_deep_supervision_enabled(True)
+
+    def _curves(self) -> list[str]:
+        return [] if self.tasks is None else TaskScores(self.tasks).names

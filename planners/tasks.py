@@ -1,0 +1,209 @@
+"""Datasets with classification or detection: side files, stand-in segmentations, heads in the plans."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from nnunet_kd.data.box_geometry import clip, to_preprocessed
+from nnunet_kd.data.member import Member, read_json
+from nnunet_kd.data.side_files import SideFileError, read_boxes, side_file
+from nnunet_kd.data.splits import REPAIR_SPLITS, Split, member_splits, read_groups
+from nnunet_kd.data.tasks import Tasks
+from nnunet_kd.data.verify import verify_dataset
+from nnunet_kd.environment import environment
+from nnunet_kd.errors import JointDatasetError
+from nnunet_kd.files import replacing, write_json
+from nnunet_kd.networks.multitask import multitask_architecture
+from nnunet_kd.planners.members import is_preprocessed, member_cases, preprocess_command
+from nnunet_kd.tasks.detection_plan import plan_detection
+
+STAND_IN_LABELS = {"background": 0, "whole_image": 1}
+
+
+def declared_tasks(name: str) -> Tasks:
+    """The tasks that a dataset declares in its dataset.json, the raw one first.
+
+    Raises:
+        JointDatasetError: There is no dataset.json.
+        TaskError: It declares tasks in a form that is not allowed.
+    """
+    raw = Path(str(nnUNet_raw)) / name if nnUNet_raw.is_set() else None
+    folder = raw if raw is not None and (raw / "dataset.json").is_file() else Path(str(nnUNet_preprocessed)) / name
+    return Tasks.from_dataset_json(read_json(folder / "dataset.json", "Put the dataset there, or check its id."))
+
+
+def prepare_side_files(name: str, tasks: Tasks) -> None:
+    """Check the side files of a dataset and copy them beside its plans, where training reads them.
+
+    Raises:
+        SideFileError: Lists everything that is wrong in them.
+    """
+    if tasks.is_segmentation_only and tasks.split_by is None:
+        return
+    problems = verify_dataset(name, show_progress=False, check_copies=False).problems
+    if problems:
+        raise SideFileError.listing(problems)
+    folder = Path(str(nnUNet_preprocessed)) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in _side_file_names(tasks):
+        source = Path(str(nnUNet_raw)) / name / file if nnUNet_raw.is_set() else None
+        if source is not None and source.is_file():
+            with replacing(folder / file) as temporary:
+                shutil.copyfile(source, temporary)
+
+
+def _side_file_names(tasks: Tasks) -> list[str]:
+    names = [target.file for target in tasks.classification]
+    names += [tasks.detection.file] if tasks.detection is not None else []
+    names += [tasks.groups_file] if tasks.split_by is not None else []
+    return list(dict.fromkeys(names))
+
+
+@contextmanager
+def stand_in_segmentations(name: str, tasks: Tasks) -> Iterator[None]:
+    """Within the block, stock nnU-Net finds a dataset without segmentations with a stand-in for each.
+
+    nnU-Net cannot plan or preprocess without ``labelsTr``. The stand-ins (the whole image is one class) lie in our
+    folder in nnUNet_preprocessed and nothing is written into nnUNet_raw; images are named, not copied.
+    """
+    raw = Path(str(nnUNet_raw)) / name if nnUNet_raw.is_set() else None
+    if tasks.segmentation or raw is None or (raw / "labelsTr").is_dir() or not (raw / "imagesTr").is_dir():
+        yield
+        return
+    root = Path(str(nnUNet_preprocessed)) / name / "nnunet_kd_stand_in"
+    folder = root / name
+    (folder / "labelsTr").mkdir(parents=True, exist_ok=True)
+    dataset_json = read_json(raw / "dataset.json", "Correct the file.")
+    dataset_json = {**dataset_json, "labels": STAND_IN_LABELS}
+    ending = dataset_json["file_ending"]
+    images = {
+        case: content["images"]
+        for case, content in get_filenames_of_train_images_and_targets(str(raw), dataset_json).items()
+    }
+    for case, files in tqdm(images.items(), desc=f"{name}: stand-in segmentations"):
+        file = folder / "labelsTr" / f"{case}{ending}"
+        if not file.is_file():
+            reader = determine_reader_writer_from_dataset_json(dataset_json, files[0], verbose=False)()
+            image, properties = reader.read_images(files)
+            with replacing(file) as temporary:
+                named = temporary.with_name(f"{temporary.stem}{ending}")  # writers choose the format by the ending
+                reader.write_seg(np.ones(image.shape[1:], dtype=np.uint8), str(named), properties)
+                named.replace(temporary)
+    dataset_json["dataset"] = {
+        case: {
+            "images": [str(Path(file).resolve()) for file in files],
+            "label": str(folder / "labelsTr" / f"{case}{ending}"),
+        }
+        for case, files in images.items()
+    }
+    write_json(folder / "dataset.json", dataset_json)
+    with environment({"nnUNet_raw": str(root)}):
+        yield
+
+
+def with_heads(plans: Mapping[str, Any], member: str, base_plans: str) -> dict[str, Any]:
+    """The plans with heads for the member's tasks in the network of every configuration.
+
+    Args:
+        plans: Plans whose networks segment only.
+        member: Full dataset name.
+        base_plans: The plans under which the member is preprocessed.
+
+    Returns:
+        A copy; unchanged where segmentation is the dataset's only task. Boxes get no head before the dataset is
+        preprocessed, or in a configuration of another dimension; both is said.
+    """
+    planned: dict[str, Any] = copy.deepcopy(dict(plans))
+    tasks = Tasks.from_dataset_json(Member(member, base_plans, "").dataset_json)
+    if tasks.is_segmentation_only:
+        return planned
+    for name, configuration in planned["configurations"].items():
+        if "architecture" not in configuration:
+            continue
+        view = Member(member, base_plans, name)
+        classification = None
+        if tasks.classification:
+            classification = {"targets": [[target.name, len(target.classes)] for target in tasks.classification]}
+        detection = None
+        if tasks.detection is not None and _can_detect(view):
+            strides = np.cumprod(np.array(view.configuration_manager.pool_op_kernel_sizes), axis=0)[:-1]
+            sizes = _box_sizes(view, tasks)
+            patch_size = view.configuration_manager.patch_size
+            detection = plan_detection(sizes, strides.tolist(), patch_size, tasks.detection.classes).to_dict()
+        configuration["architecture"] = multitask_architecture(configuration["architecture"], classification, detection)
+    return planned
+
+
+def _can_detect(member: Member) -> bool:
+    """Whether boxes can be planned for: of the configuration's dimension, on preprocessed images."""
+    if len(member.configuration_manager.patch_size) == 2 and not _is_two_dimensional(member):
+        print(f"INFO: {member.name} has boxes of volumes, which its 2d configuration cannot detect; it goes without.")
+        return False
+    if not is_preprocessed(member):
+        print(
+            f"INFO: {member.name} is not preprocessed for {member.configuration}, so no head for its boxes is planned "
+            f"there. Run this command again after: {preprocess_command(member)}"
+        )
+        return False
+    return True
+
+
+def _is_two_dimensional(member: Member) -> bool:
+    """Whether the images are; stock plans of 2D datasets have no 3D configuration."""
+    return "3d_fullres" not in member.plans["configurations"]
+
+
+def _box_sizes(member: Member, tasks: Tasks) -> NDArray[np.float64]:
+    """Lengths [N, dim] of all boxes of the dataset in preprocessed voxels."""
+    assert tasks.detection is not None
+    dimension = len(member.configuration_manager.patch_size)
+    boxes = read_boxes(side_file(member.name, tasks.detection.file), tasks.detection, dimension)
+    sizes: list[NDArray[np.float64]] = []
+    data = member.dataset_class(str(member.data_folder), list(member.identifiers))
+    for case in member.identifiers:
+        if case not in boxes or not len(boxes[case].boxes):
+            continue
+        properties = load_pickle(str(member.data_folder / f"{case}.pkl"))
+        shape = data.load_case(case)[0].shape[1:]
+        own = to_preprocessed(boxes[case].boxes, properties, member.plans_manager.transpose_forward, shape)
+        own = clip(own, shape[-dimension:])
+        sizes.append(own[:, dimension:] - own[:, :dimension])
+    found = np.concatenate(sizes) if sizes else np.zeros((0, dimension))
+    return found[(found > 0).all(1)]
+
+
+def planned_splits(member: Member, cases: Sequence[str]) -> list[Split]:
+    """The member's splits_final.json, or what stock training would write there, grouped by ``split_by``.
+
+    Raises:
+        JointDatasetError: The file is broken, or there are too few cases or groups.
+    """
+    if member.splits_file.is_file():
+        return read_json(member.splits_file, REPAIR_SPLITS)
+    tasks = Tasks.from_dataset_json(member.dataset_json)
+    groups = None
+    if tasks.split_by is not None:
+        groups = read_groups(side_file(member.name, tasks.groups_file), tasks.split_by)
+    try:
+        return member_splits(cases, None, groups)
+    except JointDatasetError as error:
+        raise JointDatasetError(f"{member.name}: {error}") from error
+
+
+def write_splits(member: Member) -> None:
+    """Write the member's splits_final.json where it has none; stock training would not look at groups."""
+    if not member.splits_file.is_file():
+        write_json(member.splits_file, planned_splits(member, member_cases(member)))

@@ -1,0 +1,191 @@
+"""Datasets with image-level classes and boxes: planned, trained, predicted and evaluated by the real commands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from PIL import Image
+
+pytestmark = pytest.mark.integration
+
+EVERYTHING, CLASSES, VOLUMES = "Dataset011_Everything", "Dataset012_Classes", "Dataset013_Volumes"
+SETTINGS = {
+    "training": {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 2, "seed": 1},
+    "tasks": {"label_smoothing": 0.1},
+}
+SIZES = {"file": "classification.csv", "column": "size", "classes": ["small", "large"]}
+FINDINGS = {"file": "classification.csv", "columns": ["dark", "bright"]}
+LESIONS = {"file": "boxes.json", "classes": ["lesion"]}
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def write_side_files(folder: Path, masks: dict[str, np.ndarray]) -> None:
+    """Two classes by turns, findings, groups of two cases, and the box of each case's mask."""
+    rows, boxes = [], {}
+    for index, (case, mask) in enumerate(masks.items()):
+        found = np.argwhere(mask)
+        corners = [*found.min(0)[::-1].tolist(), *(found.max(0)[::-1] + 1).tolist()]
+        boxes[case] = [{"label": "lesion", "box": corners}]
+        size = ("small", "large")[index % 2] if index else ""  # the first case is not labelled
+        rows.append([case, size, index % 2, (index + 1) % 2, f"patient{index // 2}"])
+    with (folder / "classification.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["case", "size", "dark", "bright", "patient"], *rows])
+    (folder / "boxes.json").write_text(json.dumps(boxes))
+
+
+def masks_of(folder: Path) -> dict[str, np.ndarray]:
+    files = sorted((folder / "labelsTr").iterdir())
+    if files[0].suffix == ".png":
+        return {file.stem: np.array(Image.open(file)) == 1 for file in files}
+    return {file.name[:-7]: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) == 1 for file in files}
+
+
+@pytest.fixture(scope="module")
+def planned(make_world: Callable[[], Any], make_dataset: Callable[..., Path]) -> Any:
+    """2D with all tasks; 2D with classes alone and no labelsTr; 3D with all tasks."""
+    world = make_world()
+    tasks = {"segmentation": True, "classification": [SIZES, FINDINGS], "detection": LESIONS}
+    block = {"nnunet_kd": {"tasks": tasks, "split_by": "patient"}}
+    everything = make_dataset(world.raw, 11, "Everything", num_cases=10, num_test_cases=2, dimension=2, extra=block)
+    write_side_files(everything, masks_of(everything))
+    block = {"nnunet_kd": {"tasks": {"segmentation": False, "classification": SIZES}, "split_by": "patient"}}
+    classes = make_dataset(world.raw, 12, "Classes", num_cases=10, num_test_cases=2, dimension=2, extra=block)
+    write_side_files(classes, masks_of(classes))
+    shutil.rmtree(classes / "labelsTr")
+    block = {"nnunet_kd": {"tasks": {"classification": SIZES, "detection": LESIONS}}}
+    volumes = make_dataset(world.raw, 13, "Volumes", num_cases=5, shape=(12, 20, 18), extra=block)
+    write_side_files(volumes, masks_of(volumes))
+    world.plan("-d", "11", "12", "-c", "2d")
+    world.plan("-d", "13", "-c", "3d_fullres", "2d")
+    for dataset, name in ((11, EVERYTHING), (12, CLASSES), (13, VOLUMES)):
+        world.run("nnUNetKD_plan_student", "-d", str(dataset), "--width", "0.25", "-plans_name", "nnUNetKDPlansSmall")
+        assert (world.preprocessed / name / "nnUNetKDPlansSmall.json").is_file()
+    return world
+
+
+@pytest.fixture(scope="module")
+def trained(planned: Any) -> Any:
+    """The control of the dataset with all tasks."""
+    planned.train(11, "Control", "-p", "nnUNetKDPlansSmall", configuration="2d", settings=SETTINGS)
+    return planned
+
+
+def control(world: Any, dataset: str, configuration: str = "2d") -> Path:
+    return world.model(dataset, "Control", "nnUNetKDPlansSmall", configuration)
+
+
+def test_groups_are_not_divided_and_raw_folders_stay_as_they_are(planned: Any) -> None:
+    for dataset in (EVERYTHING, CLASSES):
+        with (planned.raw / dataset / "classification.csv").open() as file:
+            patient = {row["case"]: row["patient"] for row in csv.DictReader(file)}
+        for split in read(planned.preprocessed / dataset / "splits_final.json"):
+            assert not {patient[case] for case in split["train"]} & {patient[case] for case in split["val"]}
+    assert not (planned.raw / CLASSES / "labelsTr").exists()
+    assert len(list((planned.preprocessed / CLASSES / "nnUNetPlans_2d").glob("*.pkl"))) == 10
+
+
+def test_boxes_of_volumes_are_planned_in_3d_only(planned: Any) -> None:
+    configurations = read(planned.preprocessed / VOLUMES / "nnUNetKDPlans.json")["configurations"]
+    heads = {name: content["architecture"]["arch_kwargs"] for name, content in configurations.items()}
+    assert heads["2d"]["detection"] is None
+    assert len(heads["3d_fullres"]["detection"]["anchors"][0][0]) == 3
+    assert heads["2d"]["classification"] == heads["3d_fullres"]["classification"] == {"targets": [["size", 2]]}
+
+
+def test_validation_writes_all_tasks_and_their_metrics(trained: Any) -> None:
+    fold = control(trained, EVERYTHING) / "fold_0"
+    cases = read(trained.preprocessed / EVERYTHING / "splits_final.json")[0]["val"]
+    with (fold / "validation" / "classification.csv").open() as file:
+        rows = {row["case"]: row for row in csv.DictReader(file)}
+    assert sorted(rows) == sorted(cases)
+    for row in rows.values():
+        assert float(row["size/small"]) + float(row["size/large"]) == pytest.approx(1, abs=1e-4)
+        assert 0 < float(row["findings/dark"]) < 1
+    assert set(read(fold / "validation" / "boxes.json")) <= set(cases)
+    summary = read(fold / "validation" / "summary.json")
+    assert {"size", "findings"} == set(summary["nnunet_kd"]["classification"])
+    assert summary["nnunet_kd"]["detection"]["num_images"] == len(cases)
+    assert np.isfinite(summary["foreground_mean"]["Dice"])
+    (log,) = fold.glob("training_log_*.txt")
+    assert "Pseudo scores: Dice" in log.read_text()
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
+    assert len(checkpoint["logging"]["AP"]) == len(checkpoint["logging"]["AUROC size"]) == 2
+
+
+def test_training_continues(trained: Any) -> None:
+    more = {**SETTINGS, "training": {**SETTINGS["training"], "num_epochs": 2}}
+    fold = control(trained, EVERYTHING) / "fold_0"
+    before = (fold / "checkpoint_final.pth").read_bytes()
+    trained.train(11, "Control", "-p", "nnUNetKDPlansSmall", "--val", configuration="2d", settings=more)
+    assert (fold / "checkpoint_final.pth").read_bytes() == before
+
+
+def test_stock_prediction_equals_ours_and_ours_adds_classes_and_boxes(trained: Any, tmp_path: Path) -> None:
+    images = trained.raw / EVERYTHING / "imagesTs"
+    model = control(trained, EVERYTHING)
+    own, stock = tmp_path / "own", tmp_path / "stock"
+    trained.run("nnUNetKD_predict", "-m", model, "-i", images, "-o", own, "-device", "cpu", "-npp", "0", "-nps", "0")
+    flags = ("-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1")
+    trained.run("nnUNetv2_predict_from_modelfolder", "-m", model, "-i", images, "-o", stock, *flags)
+    files = sorted(file.name for file in stock.glob("*.png"))
+    assert len(files) == 2
+    for file in files:
+        np.testing.assert_array_equal(np.array(Image.open(own / file)), np.array(Image.open(stock / file)))
+    with (own / "classification.csv").open() as file:
+        assert [row["case"] for row in csv.DictReader(file)] == [Path(name).stem for name in files]
+    assert set(read(own / "boxes.json")) == {Path(name).stem for name in files}
+
+
+def test_evaluation_of_the_validation_says_what_the_summary_says(trained: Any, tmp_path: Path) -> None:
+    validation = control(trained, EVERYTHING) / "fold_0" / "validation"
+    output = trained.run("nnUNetKD_evaluate", "-ref", "11", "-pred", validation, "-o", tmp_path, "--fold", "0")
+    assert "detection" in output
+    evaluated, summary = read(tmp_path / "evaluation.json"), read(validation / "summary.json")["nnunet_kd"]
+    assert evaluated["detection"]["mean"]["ap_10"] == summary["detection"]["mean"]["ap_10"]
+    assert evaluated["classification"]["size"]["num_cases"] == summary["classification"]["size"]["num_cases"]
+
+
+def test_segmentation_alone_is_exported(trained: Any, tmp_path: Path) -> None:
+    trained.run("nnUNetKD_export", "-m", control(trained, EVERYTHING), "-o", tmp_path / "plain")  # checks the logits
+    plans = read(tmp_path / "plain" / "plans.json")
+    assert plans["configurations"]["2d"]["architecture"]["network_class_name"].endswith("PlainConvUNet")
+
+
+def test_classes_alone_need_no_segmentation(planned: Any) -> None:
+    planned.train(12, "Control", "-p", "nnUNetKDPlansSmall", configuration="2d", settings=SETTINGS)
+    validation = control(planned, CLASSES) / "fold_0" / "validation"
+    assert {file.name for file in validation.iterdir()} == {"classification.csv", "summary.json"}
+    checkpoint = torch.load(validation.parent / "checkpoint_final.pth", weights_only=False)
+    network = checkpoint["network_weights"]
+    assert any(key.startswith("heads.classification") for key in network)
+
+
+def test_volumes(planned: Any) -> None:
+    planned.train(13, "Control", "-p", "nnUNetKDPlansSmall", settings={**SETTINGS, "tasks": {"balance": "loss"}})
+    validation = control(planned, VOLUMES, "3d_fullres") / "fold_0" / "validation"
+    assert {"boxes.json", "classification.csv", "summary.json"} <= {file.name for file in validation.iterdir()}
+
+
+def test_side_files_with_mistakes_stop_the_planning(planned: Any, tmp_path: Path) -> None:
+    world = planned.copy(tmp_path)
+    boxes = read(world.raw / EVERYTHING / "boxes.json")
+    boxes["everything_000"][0]["box"] = [30, 5, 10, 20]
+    boxes["nobody"] = []
+    (world.raw / EVERYTHING / "boxes.json").write_text(json.dumps(boxes))
+    output = world.plan("-d", "11", "-c", "2d", check=False)
+    assert "Traceback" not in output
+    assert "everything_000" in output
+    assert "nobody" in output
+    shutil.rmtree(tmp_path)
