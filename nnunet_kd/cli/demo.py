@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from nnunet_kd.errors import NnUNetKDError
 
 NUM_EPOCHS = 6
 NUM_ITERATIONS = 32
+ENDINGS_2D = (".png", ".bmp", ".tif")
 
 
 @clear_errors
@@ -57,7 +59,12 @@ def parse(arguments: Sequence[str] | None) -> DemoSettings:
         "--epochs", type=int, default=NUM_EPOCHS, help=f"Epochs of each training. Default: {NUM_EPOCHS}"
     )
     parser.add_argument("--iterations", type=int, default=NUM_ITERATIONS, help=f"Per epoch. Default: {NUM_ITERATIONS}")
-    parser.add_argument("--config", choices=("2d", "3d_fullres"), default="3d_fullres", help="Default: 3d_fullres")
+    parser.add_argument(
+        "-c",
+        choices=("2d", "3d_fullres"),
+        default=None,
+        help="Configuration. Default: 2d with 2D images, else 3d_fullres",
+    )
     parser.add_argument("--fold", type=int, default=0, choices=range(5), help="Default: 0")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="Default: cpu")
     args = parser.parse_args(arguments)
@@ -79,10 +86,16 @@ def parse(arguments: Sequence[str] | None) -> DemoSettings:
         dataset_ids=tuple(dict.fromkeys(args.d)),
         num_epochs=args.epochs,
         num_iterations=args.iterations,
-        configuration=args.config,
+        configuration=args.c or ("2d" if has_2d_images(args.raw, args.d) else "3d_fullres"),
         fold=args.fold,
         device=args.device,
     )
+
+
+def has_2d_images(raw: Path | None, dataset_ids: Sequence[int]) -> bool:
+    """Whether one of the datasets holds 2D images, which have no 3d_fullres configuration."""
+    files = [] if raw is None else [file for i in dataset_ids for file in raw.glob(f"Dataset{i:03d}_*/dataset.json")]
+    return any(json.loads(file.read_text()).get("file_ending") in ENDINGS_2D for file in files)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def raw(tmp_path: Path) -> Path:
 
 
 def test_commands_of_the_synthetic_demo(tmp_path: Path) -> None:
-    commands = lines(Demo(parse(["-o", str(tmp_path / "out"), "--config", "2d", "--fold", "1"])))
+    commands = lines(Demo(parse(["-o", str(tmp_path / "out"), "-c", "2d", "--fold", "1"])))
     assert commands[0].startswith("nnUNetKD_plan_and_preprocess -d 971 972 973 --joint 970 ")
     teacher = "nnUNetv2_train 970 2d 1 -tr nnUNetTrainerKDTeacher -p nnUNetKDPlans -device cpu"
     assert any(command.startswith(teacher) for command in commands)
@@ -38,6 +38,13 @@ def test_commands_of_the_synthetic_demo(tmp_path: Path) -> None:
     assert len(predictions) == 9
     assert all("imagesTs" in command for command in predictions)
     assert len({command.split(" -o ")[1].split()[0] for command in predictions}) == 9
+
+
+def test_2d_images_of_the_user_are_trained_in_2d(raw: Path, tmp_path: Path) -> None:
+    given = ["-o", str(tmp_path / "out"), "--raw", str(raw), "-d", "301", "302"]
+    assert parse(given).configuration == "2d"
+    assert parse([*given, "-c", "3d_fullres"]).configuration == "3d_fullres"
+    assert parse(["-o", str(tmp_path / "out")]).configuration == "3d_fullres"
 
 
 def test_names_of_logs_are_unique(tmp_path: Path) -> None:
@@ -62,9 +69,9 @@ def test_own_datasets_are_read_only_and_tested_on_the_validation_cases(raw: Path
     assert dataset.cases == ("a", "c")
     assert dataset.reference_folder == folder / "gt_segmentations"
     results = tmp_path / "out" / "nnUNet_results"
-    student = results / "Dataset301_A" / "nnUNetTrainerKDStudent__nnUNetKDPlansDemo__3d_fullres" / "fold_2"
+    student = results / "Dataset301_A" / "nnUNetTrainerKDStudent__nnUNetKDPlansDemo__2d" / "fold_2"
     assert dataset.predictions[STUDENT] == student / "validation"
-    teacher = results / "Dataset971_DemoJoint" / "nnUNetTrainerKDTeacher__nnUNetKDPlans__3d_fullres" / "fold_2"
+    teacher = results / "Dataset971_DemoJoint" / "nnUNetTrainerKDTeacher__nnUNetKDPlans__2d" / "fold_2"
     assert dataset.predictions[TEACHER] == teacher / "Dataset301_A" / "validation"
     assert dataset.fold_folders[TEACHER] == teacher
     assert set(dataset.predictions) == set(dataset.fold_folders) == set(METHODS)
