@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,13 @@ from nnunet_kd.planners.members import (
 )
 from nnunet_kd.planners.student_planner import check_member_plans, read_settings_file, write_member_plans
 from nnunet_kd.planners.student_planner import plan_student as write_student_plans
-from nnunet_kd.planners.tasks import declared_tasks, prepare_side_files, stand_in_segmentations, write_splits
+from nnunet_kd.planners.tasks import (
+    declared_tasks,
+    need_segmentation,
+    prepare_side_files,
+    stand_in_segmentations,
+    write_splits,
+)
 
 STOCK_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 
@@ -72,6 +79,8 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
         raise JointDatasetError("--heads and --joint_name describe a joint dataset. Give its id with --joint.")
     heads = read_heads(args.heads, members)
     tasks = {member: declared_tasks(member) for member in members}
+    for member in members if name is not None else ():
+        need_segmentation(member, tasks[member])
     for member in members:
         check_planner(member, members_plans, args.pl)
         check_member_plans(member, members_plans, args.plans_name)
@@ -135,6 +144,7 @@ def plan_student(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-plans_name", required=True, help="Name of the new plans, for example nnUNetKDPlansW50")
     args = parser.parse_args(arguments)
     dataset = dataset_name(args.d)
+    prepare_side_files(dataset, declared_tasks(dataset))
     path = write_student_plans(
         dataset,
         args.p,
@@ -143,6 +153,8 @@ def plan_student(arguments: Sequence[str] | None = None) -> None:
         min_features=args.min_features,
         settings=read_settings_file(args.settings) if args.settings else None,
     )
+    configurations = json.loads(path.read_text())["configurations"]
+    write_splits(Member(dataset, args.p, next(iter(configurations))))
     print(f"Wrote {path}. Train the student and its control with:")
     for trainer in ("nnUNetTrainerKDStudent", "nnUNetTrainerKDControl"):
         print(f"  nnUNetv2_train {dataset[7:10]} CONFIG FOLD -tr {trainer} -p {args.plans_name}")

@@ -20,6 +20,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunet_kd.data.joint import HeadEntry, JointDataset, MemberEntry
 from nnunet_kd.data.member import Member
 from nnunet_kd.data.splits import join_splits
+from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.environment import environment
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
@@ -34,7 +35,7 @@ from nnunet_kd.planners.existing import (
 from nnunet_kd.planners.heads import plan_heads
 from nnunet_kd.planners.members import find_planner, member_cases, planning_threads
 from nnunet_kd.planners.student_planner import settings_of
-from nnunet_kd.planners.tasks import planned_splits
+from nnunet_kd.planners.tasks import need_segmentation, planned_splits
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.channels import ChannelSpace, union
 
@@ -94,7 +95,7 @@ def plan_joint(
     views = {c: {m: Member(m, members_plans, c) for m in members} for c in configurations}
     first = views[configurations[0]]
     for member in first.values():
-        _check_segmentation(member)
+        need_segmentation(member.name, Tasks.from_dataset_json(member.dataset_json))
     channels = union({m: view.channel_names for m, view in first.items()})
     heads, head_of, maps = plan_heads(first, shared_heads or {})
     if order is not None:
@@ -257,15 +258,6 @@ def _planner(
         arguments = {} if memory is None else {"gpu_memory_target_in_gb": memory}
         with environment({**folders, **planning_threads()}):
             yield planner_class(name, **arguments)
-
-
-def _check_segmentation(member: Member) -> None:
-    tasks = member.dataset_json.get(BLOCK, {}).get("tasks", {})
-    if tasks.get("segmentation", True) is False:
-        raise JointDatasetError(
-            f"{member.name} has no segmentation (dataset.json: nnunet_kd.tasks.segmentation is false). A joint teacher "
-            f"joins segmentation datasets so far; leave this member out."
-        )
 
 
 def _check_normalisation(members: Mapping[str, Member]) -> dict[str, tuple[str, bool]]:

@@ -32,7 +32,7 @@ def write_member_plans(member: str, base_plans: str, plans_name: str, joint_name
         JointDatasetError: See :func:`check_member_plans`.
     """
     existing = check_member_plans(member, base_plans, plans_name)
-    plans = with_heads(Member(member, base_plans, "").plans, member, base_plans)
+    plans = with_heads(Member(member, base_plans, "").plans, member, base_plans, _existing_plans(member, plans_name))
     plans["plans_name"] = plans_name
     joints = {*existing.get("member_of", []), *([] if joint_name is None else [joint_name])}
     plans[BLOCK] = {
@@ -101,7 +101,7 @@ def plan_student(
     for configuration in plans["configurations"].values():
         if "architecture" in configuration:
             configuration["architecture"] = scale_width(configuration["architecture"], width, min_features)
-    plans = with_heads(plans, dataset, base_plans)
+    plans = with_heads(plans, dataset, base_plans, _existing_plans(dataset, plans_name))
     plans["plans_name"] = plans_name
     plans[BLOCK] = block
     write_json(path, plans)
@@ -126,6 +126,11 @@ def read_settings_file(path: str) -> dict[str, Any]:
 
 def _path(dataset: str, plans_name: str) -> Path:
     return Path(str(nnUNet_preprocessed)) / dataset / f"{plans_name}.json"
+
+
+def _existing_plans(dataset: str, plans_name: str) -> dict[str, Any] | None:
+    path = _path(dataset, plans_name)
+    return read_json(path, "Delete the broken file or choose another -plans_name.") if path.is_file() else None
 
 
 def _existing_block(path: Path, base_plans: str) -> dict[str, Any]:

@@ -22,12 +22,13 @@ from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.data.side_files import SideFileError, read_boxes, side_file
 from nnunet_kd.data.splits import REPAIR_SPLITS, Split, member_splits, read_groups
 from nnunet_kd.data.tasks import Tasks
-from nnunet_kd.data.verify import verify_dataset
+from nnunet_kd.data.verify import REPAIR_FOLDS, verify_dataset
 from nnunet_kd.environment import environment
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import replacing, write_json
-from nnunet_kd.networks.multitask import multitask_architecture
-from nnunet_kd.planners.members import is_preprocessed, member_cases, preprocess_command
+from nnunet_kd.networks.multitask import multitask_architecture, planned_heads
+from nnunet_kd.planners.members import is_preprocessed, member_cases
+from nnunet_kd.settings import BLOCK
 from nnunet_kd.tasks.detection_plan import plan_detection
 
 STAND_IN_LABELS = {"background": 0, "whole_image": 1}
@@ -45,24 +46,49 @@ def declared_tasks(name: str) -> Tasks:
     return Tasks.from_dataset_json(read_json(folder / "dataset.json", "Put the dataset there, or check its id."))
 
 
+def need_segmentation(name: str, tasks: Tasks) -> None:
+    """Raise JointDatasetError for a member of a joint dataset that has no segmentations."""
+    if not tasks.segmentation:
+        raise JointDatasetError(
+            f"{name} has no segmentation (dataset.json: nnunet_kd.tasks.segmentation is false). A joint teacher joins "
+            f"segmentation datasets so far; leave this member out, or plan it alone, without --joint."
+        )
+
+
 def prepare_side_files(name: str, tasks: Tasks) -> None:
     """Check the side files of a dataset and copy them beside its plans, where training reads them.
 
     Raises:
         SideFileError: Lists everything that is wrong in them.
     """
+    folder = Path(str(nnUNet_preprocessed)) / name
+    _refresh_declaration(name, folder)
     if tasks.is_segmentation_only and tasks.split_by is None:
         return
     problems = verify_dataset(name, show_progress=False, check_copies=False).problems
-    if problems:
-        raise SideFileError.listing(problems)
-    folder = Path(str(nnUNet_preprocessed)) / name
+    fatal = [problem for problem in problems if problem.remedy != REPAIR_FOLDS]
+    if fatal:
+        raise SideFileError.listing(fatal)
+    for problem in problems:
+        print(f"WARNING: {problem}")
     folder.mkdir(parents=True, exist_ok=True)
     for file in _side_file_names(tasks):
         source = Path(str(nnUNet_raw)) / name / file if nnUNet_raw.is_set() else None
         if source is not None and source.is_file():
             with replacing(folder / file) as temporary:
                 shutil.copyfile(source, temporary)
+
+
+def _refresh_declaration(name: str, folder: Path) -> None:
+    """Bring our block of the preprocessed dataset.json up to the raw one; nnU-Net copies it only when it plans."""
+    raw = Path(str(nnUNet_raw)) / name / "dataset.json" if nnUNet_raw.is_set() else None
+    copied = folder / "dataset.json"
+    if raw is None or not raw.is_file() or not copied.is_file():
+        return
+    declared, content = (read_json(file, "Correct the file.") for file in (raw, copied))
+    if content.get(BLOCK) != declared.get(BLOCK):
+        content.pop(BLOCK, None)
+        write_json(copied, {**content, **({BLOCK: declared[BLOCK]} if BLOCK in declared else {})})
 
 
 def _side_file_names(tasks: Tasks) -> list[str]:
@@ -76,11 +102,12 @@ def _side_file_names(tasks: Tasks) -> list[str]:
 def stand_in_segmentations(name: str, tasks: Tasks) -> Iterator[None]:
     """Within the block, stock nnU-Net finds a dataset without segmentations with a stand-in for each.
 
-    nnU-Net cannot plan or preprocess without ``labelsTr``. The stand-ins (the whole image is one class) lie in our
-    folder in nnUNet_preprocessed and nothing is written into nnUNet_raw; images are named, not copied.
+    nnU-Net cannot plan or preprocess without ``labelsTr``, and what lies there is not looked at. The stand-ins (the
+    whole image is one class) lie in our folder in nnUNet_preprocessed and nothing is written into nnUNet_raw; images
+    are named, not copied.
     """
     raw = Path(str(nnUNet_raw)) / name if nnUNet_raw.is_set() else None
-    if tasks.segmentation or raw is None or (raw / "labelsTr").is_dir() or not (raw / "imagesTr").is_dir():
+    if tasks.segmentation or raw is None or not (raw / "imagesTr").is_dir():
         yield
         return
     root = Path(str(nnUNet_preprocessed)) / name / "nnunet_kd_stand_in"
@@ -114,13 +141,17 @@ def stand_in_segmentations(name: str, tasks: Tasks) -> Iterator[None]:
         yield
 
 
-def with_heads(plans: Mapping[str, Any], member: str, base_plans: str) -> dict[str, Any]:
+def with_heads(
+    plans: Mapping[str, Any], member: str, base_plans: str, existing: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The plans with heads for the member's tasks in the network of every configuration.
 
     Args:
         plans: Plans whose networks segment only.
         member: Full dataset name.
         base_plans: The plans under which the member is preprocessed.
+        existing: Plans of the same name that are there already: their heads stay where they are for the same targets
+            and classes, because trained models and the user's changes depend on them.
 
     Returns:
         A copy; unchanged where segmentation is the dataset's only task. Boxes get no head before the dataset is
@@ -134,17 +165,31 @@ def with_heads(plans: Mapping[str, Any], member: str, base_plans: str) -> dict[s
         if "architecture" not in configuration:
             continue
         view = Member(member, base_plans, name)
+        before = _heads(existing, name)
         classification = None
         if tasks.classification:
             classification = {"targets": [[target.name, len(target.classes)] for target in tasks.classification]}
+            if (before[0] or {}).get("targets") == classification["targets"]:
+                classification = before[0]
         detection = None
-        if tasks.detection is not None and _can_detect(view):
+        if tasks.detection is not None and (before[1] or {}).get("classes") == list(tasks.detection.classes):
+            detection = before[1]
+        elif tasks.detection is not None and _can_detect(view):
             strides = np.cumprod(np.array(view.configuration_manager.pool_op_kernel_sizes), axis=0)[:-1]
             sizes = _box_sizes(view, tasks)
             patch_size = view.configuration_manager.patch_size
             detection = plan_detection(sizes, strides.tolist(), patch_size, tasks.detection.classes).to_dict()
-        configuration["architecture"] = multitask_architecture(configuration["architecture"], classification, detection)
+        if classification is not None or detection is not None:
+            architecture = multitask_architecture(configuration["architecture"], classification, detection)
+            configuration["architecture"] = architecture
     return planned
+
+
+def _heads(plans: Mapping[str, Any] | None, configuration: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Classification and detection head that plans have in a configuration."""
+    content = {} if plans is None else plans.get("configurations", {}).get(configuration, {})
+    heads = planned_heads(content["architecture"]) if "architecture" in content else None
+    return heads or (None, None)
 
 
 def _can_detect(member: Member) -> bool:
@@ -155,7 +200,7 @@ def _can_detect(member: Member) -> bool:
     if not is_preprocessed(member):
         print(
             f"INFO: {member.name} is not preprocessed for {member.configuration}, so no head for its boxes is planned "
-            f"there. Run this command again after: {preprocess_command(member)}"
+            f"there. Run this command again without --no_pp, or with this configuration after -c."
         )
         return False
     return True
@@ -204,6 +249,9 @@ def planned_splits(member: Member, cases: Sequence[str]) -> list[Split]:
 
 
 def write_splits(member: Member) -> None:
-    """Write the member's splits_final.json where it has none; stock training would not look at groups."""
+    """Write the splits_final.json of a member with tasks or groups, which stock training would not look at."""
+    tasks = Tasks.from_dataset_json(member.dataset_json)
+    if tasks.is_segmentation_only and tasks.split_by is None:
+        return
     if not member.splits_file.is_file():
         write_json(member.splits_file, planned_splits(member, member_cases(member)))

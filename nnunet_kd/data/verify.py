@@ -33,6 +33,7 @@ from nnunet_kd.errors import JointDatasetError, NnUNetKDError
 from nnunet_kd.settings import BLOCK
 
 MAX_NAMED = 5
+REPAIR_FOLDS = "Correct the folds, or add cases."  # of folds that can be trained, but not learn a class
 
 
 @dataclass(frozen=True)
@@ -376,7 +377,7 @@ def _verify_splits(
             problems.append(Problem(str(path), f"fold {fold}", what, remedy))
         for presence in presences:
             for what in _one_sided(presence, split["train"]):
-                problems.append(Problem(str(path), f"fold {fold}", what, "Correct the folds, or add cases."))
+                problems.append(Problem(str(path), f"fold {fold}", what, REPAIR_FOLDS))
 
 
 def _read_splits(path: Path) -> list[Split]:

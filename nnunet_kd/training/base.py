@@ -111,7 +111,7 @@ class KDTrainer(nnUNetTrainer):
         Raises:
             SettingsError: The training was started with other settings.
         """
-        changed = _differences(extra.get("settings", {}), self.settings.to_dict())
+        changed = _differences({**Settings().to_dict(), **extra.get("settings", {})}, self.settings.to_dict())
         if changed:
             raise SettingsError(
                 f"The checkpoint in {self.output_folder} was trained with other settings: {'; '.join(changed)}. "
@@ -156,7 +156,8 @@ class KDTrainer(nnUNetTrainer):
 
     def unwrapped_network(self) -> nn.Module:
         """The network without DDP and ``torch.compile`` wrappers."""
-        network = self.network.module if self.is_ddp else self.network
+        # nnU-Net wraps for DDP only after it has asked for the optimizer
+        network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
         return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 

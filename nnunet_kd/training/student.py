@@ -16,6 +16,7 @@ from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import nn
 
+from nnunet_kd.errors import SettingsError
 from nnunet_kd.files import write_json
 from nnunet_kd.networks.adapters import Projector
 from nnunet_kd.networks.taps import find_stage, tap
@@ -92,6 +93,11 @@ class nnUNetTrainerKDStudent(TaskTrainer):
             self.teachers = self._make_teachers()
             self.projector_shapes: dict[str, tuple[int, int, int]] | None = None
         super().initialize()
+        if self.tasks is not None and not self.tasks.segmentation:
+            raise SettingsError(
+                f"{self.plans_manager.dataset_name} has no segmentations, and teachers teach nothing else so far. "
+                f"Train nnUNetTrainerKDControl, which learns its classes and boxes without a teacher."
+            )
 
     def _make_teachers(self) -> dict[str, NNUNetTeacher]:
         student = Student(

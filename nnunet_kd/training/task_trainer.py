@@ -20,6 +20,7 @@ from nnunet_kd.data.augmenters import augmenters
 from nnunet_kd.data.task_data import TaskData
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.environment import environment
+from nnunet_kd.errors import SettingsError
 from nnunet_kd.networks.multitask import TaskOutputs, planned_heads
 from nnunet_kd.tasks.classification import ClassificationLoss, class_weights
 from nnunet_kd.tasks.detection import DetectionTask
@@ -40,8 +41,20 @@ class TaskTrainer(KDTrainer):
         """Find out which tasks are trained, then initialise as stock nnU-Net does."""
         self.tasks: Tasks | None = None
         heads = planned_heads(self.configuration_manager.configuration["architecture"])
+        declared = Tasks.from_dataset_json(self.dataset_json)
+        if heads is None and not declared.segmentation:
+            raise SettingsError(
+                f"{self.plans_manager.dataset_name} has no segmentations, and {self.plans_manager.plans_name} has no "
+                f"heads for its tasks. Train with -p nnUNetKDPlans, which nnUNetKD_plan_and_preprocess writes."
+            )
+        if heads is None and not declared.is_segmentation_only:
+            self.print_to_log_file(
+                f"{self.plans_manager.plans_name} has no heads for the classes and boxes that dataset.json declares: "
+                f"segmentation alone is trained. Train with -p nnUNetKDPlans for all tasks.",
+                add_timestamp=False,
+            )
         if heads is not None:
-            self.tasks = Tasks.from_dataset_json(self.dataset_json).with_heads(*(head is not None for head in heads))
+            self.tasks = declared.with_heads(*(head is not None for head in heads))
             self.detection_plan = None if heads[1] is None else DetectionPlan.from_dict(heads[1])
         super().initialize()
 
@@ -134,9 +147,9 @@ class TaskTrainer(KDTrainer):
         batch["data"] = batch["data"].to(self.device, non_blocking=True)
         with autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
             outputs: TaskOutputs = self.network(batch["data"], tasks=True)
-        several = isinstance(batch["target"], list)
-        target = [t.to(self.device) for t in batch["target"]] if several else batch["target"].to(self.device)
-        total = float(loss(outputs, target))
+            several = isinstance(batch["target"], list)
+            target = [t.to(self.device) for t in batch["target"]] if several else batch["target"].to(self.device)
+            total = float(loss(outputs, target))
         detections = None
         if outputs.detection is not None and loss.detection is not None:
             detections = loss.detection.decode(outputs.detection, batch["data"].shape[2:])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from torch import distributed
 
 from nnunet_kd.evaluation.detection import PredictedBoxes
@@ -50,11 +51,18 @@ def validate_tasks(trainer: Any, wanted: Sequence[str], cases: Sequence[str], fo
     )
     predictor.choose_tasks(wanted)
     own = list(cases)[trainer.local_rank :: distributed.get_world_size()] if trainer.is_ddp else list(cases)
-    data = trainer.dataset_class(trainer.preprocessed_dataset_folder, own)
+    previous = trainer.folder_with_segs_from_previous_stage
+    data = trainer.dataset_class(
+        trainer.preprocessed_dataset_folder, own, folder_with_segs_from_previous_stage=previous
+    )
     probabilities, boxes = {}, {}
     for case in own:
-        image, _, _, properties = data.load_case(case)
-        prediction = predictor.predict_case(torch.from_numpy(np.array(image[:])))
+        image, _, before, properties = data.load_case(case)
+        array = np.array(image[:])
+        if trainer.is_cascaded:
+            labels = trainer.label_manager.foreground_labels
+            array = np.vstack((array, convert_labelmap_to_one_hot(before[:], labels, output_dtype=array.dtype)))
+        prediction = predictor.predict_case(torch.from_numpy(array))
         probabilities[case] = prediction.probabilities
         if prediction.boxes is not None:
             boxes[case] = _in_stored_image(prediction.boxes, properties, trainer, image.shape[1:])

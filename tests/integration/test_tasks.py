@@ -178,6 +178,34 @@ def test_volumes(planned: Any) -> None:
     assert {"boxes.json", "classification.csv", "summary.json"} <= {file.name for file in validation.iterdir()}
 
 
+def test_tasks_that_are_declared_later_get_heads_which_then_stay(planned: Any, tmp_path: Path) -> None:
+    world = planned.copy(tmp_path)
+    raw = world.raw / EVERYTHING / "dataset.json"
+    declared = read(raw)
+    declared["nnunet_kd"]["tasks"]["classification"].append({**SIZES, "name": "again"})
+    raw.write_text(json.dumps(declared))
+    file = world.preprocessed / EVERYTHING / "nnUNetKDPlans.json"
+    before = read(file)["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    world.plan("-d", "11", "-c", "2d")
+    plans = read(file)
+    heads = plans["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    assert heads["classification"]["targets"] == [*before["classification"]["targets"], ["again", 2]]
+    assert heads["detection"] == before["detection"]
+    heads["classification"]["pooling"] = "attention"
+    file.write_text(json.dumps(plans))
+    world.plan("-d", "11", "-c", "2d")
+    assert read(file)["configurations"]["2d"]["architecture"]["arch_kwargs"] == heads
+    shutil.rmtree(tmp_path)
+
+
+def test_plans_without_heads_are_refused_where_there_is_nothing_else(planned: Any) -> None:
+    output = planned.train(12, "Control", "-p", "nnUNetPlans", configuration="2d", settings=SETTINGS, check=False)
+    assert "-p nnUNetKDPlans" in output
+    output = planned.plan("-d", "11", "12", "--joint", "910", "-c", "2d", check=False)
+    assert f"{CLASSES} has no segmentation" in output
+    assert "Traceback" not in output
+
+
 def test_side_files_with_mistakes_stop_the_planning(planned: Any, tmp_path: Path) -> None:
     world = planned.copy(tmp_path)
     boxes = read(world.raw / EVERYTHING / "boxes.json")

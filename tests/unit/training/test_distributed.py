@@ -250,3 +250,11 @@ def start_wandb() -> dict[str, Any]:
 
 if __name__ == "__main__":
     print("\n" + json.dumps(work(int(sys.argv[1]), sys.argv[2])))
+
+
+def test_network_is_found_before_it_is_wrapped() -> None:
+    """nnU-Net asks for the optimizer, for which students tap their network, before it wraps the network for DDP."""
+    trainer = KDTrainer.__new__(KDTrainer)
+    trainer.is_ddp = True
+    trainer.network = nn.Linear(2, 2)
+    assert trainer.unwrapped_network() is trainer.network
