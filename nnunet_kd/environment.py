@@ -1,4 +1,7 @@
-"""Environment variables: some stock nnU-Net functions take no other arguments, and one names our trainers folder."""
+"""What stock nnU-Net's functions see beside their arguments: environment variables and attributes of their object.
+
+One of the variables names our trainers folder.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nnunet_kd.errors import NnUNetKDError
 
@@ -26,6 +30,17 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def replaced(target: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of ``target`` within the block; they must exist, and get their values back."""
+    before = {name: getattr(target, name) for name in values}
+    target.__dict__.update(values)
+    try:
+        yield
+    finally:
+        target.__dict__.update(before)
 
 
 def trainers_folder() -> Path:

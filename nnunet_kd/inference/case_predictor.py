@@ -14,8 +14,7 @@ Host behaviour relied on (nnunetv2 2.8):
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nnunet_kd.data.tasks import ClassificationTarget, Tasks
+from nnunet_kd.environment import replaced
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.evaluation.detection import PredictedBoxes
 from nnunet_kd.inference.case_collector import BoxMerging, FoldCollector, FoldFindings, case_boxes, case_probabilities
@@ -160,7 +160,7 @@ class CasePredictor(nnUNetPredictor):
             [first.start - pad for first, pad in zip(slicer[-dimension:], padding, strict=True)] for slicer in slicers
         )
         no_heads = SimpleNamespace(num_segmentation_heads=0)
-        with self._replaced(label_manager=self.label_manager if self.segments else no_heads):
+        with replaced(self, label_manager=self.label_manager if self.segments else no_heads):
             return super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
 
     @torch.inference_mode()
@@ -182,23 +182,13 @@ class CasePredictor(nnUNetPredictor):
             self._collector.add(outputs, lower, image.shape[2:], next(views))
             return logits
 
-        with self._replaced(network=collecting):
+        with replaced(self, network=collecting):
             return super()._internal_maybe_mirror_and_predict(x)
 
     def _mirrored_axes(self) -> list[tuple[int, ...]]:
         """Flipped spatial axes of each view, in the order of the stock method."""
         axes = (self.allowed_mirroring_axes if self.use_mirroring else None) or ()
         return [chosen for number in range(len(axes) + 1) for chosen in itertools.combinations(axes, number)]
-
-    @contextmanager
-    def _replaced(self, **values: Any) -> Iterator[None]:
-        """Set attributes for the duration of a block."""
-        before = {name: getattr(self, name) for name in values}
-        self.__dict__.update(values)
-        try:
-            yield
-        finally:
-            self.__dict__.update(before)
 
 
 def planned_targets(head: dict[str, Any] | None, tasks: Tasks) -> tuple[ClassificationTarget, ...]:

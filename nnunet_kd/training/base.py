@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -143,16 +141,6 @@ class KDTrainer(nnUNetTrainer):
         self.load_checkpoint_extra(extra)
         super().load_checkpoint(filename_or_checkpoint)
         self.auxiliary.load_state_dict(extra.get("auxiliary", {}))
-
-    @contextmanager
-    def attributes(self, **values: Any) -> Iterator[None]:
-        """Set attributes of the trainer for the duration of a block, so that stock methods see others."""
-        before = {name: getattr(self, name) for name in values}
-        self.__dict__.update(values)
-        try:
-            yield
-        finally:
-            self.__dict__.update(before)
 
     def unwrapped_network(self) -> nn.Module:
         """The network without DDP and ``torch.compile`` wrappers."""

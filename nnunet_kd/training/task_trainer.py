@@ -19,7 +19,7 @@ from torch import autocast, distributed, nn
 from nnunet_kd.data.augmenters import augmenters
 from nnunet_kd.data.task_data import TaskData
 from nnunet_kd.data.tasks import Tasks
-from nnunet_kd.environment import environment
+from nnunet_kd.environment import environment, replaced
 from nnunet_kd.errors import SettingsError
 from nnunet_kd.networks.multitask import TaskOutputs, planned_heads
 from nnunet_kd.tasks.classification import ClassificationLoss, class_weights
@@ -148,8 +148,10 @@ class TaskTrainer(KDTrainer):
         with autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
             outputs: TaskOutputs = self.network(batch["data"], tasks=True)
             several = isinstance(batch["target"], list)
-            target = [t.to(self.device) for t in batch["target"]] if several else batch["target"].to(self.device)
-            total = float(loss(outputs, target))
+            target = batch["target"] if several else [batch["target"]]
+            target = [part.to(self.device, non_blocking=True) for part in target]
+            batch["target"] = target if several else target[0]
+            total = float(loss(outputs, batch["target"]))
         detections = None
         if outputs.detection is not None and loss.detection is not None:
             detections = loss.detection.decode(outputs.detection, batch["data"].shape[2:])
@@ -157,7 +159,7 @@ class TaskTrainer(KDTrainer):
         result: dict[str, Any] = {"loss": np.array(total)}
         if self.tasks.segmentation:
             segmentation = outputs.segmentation if self.enable_deep_supervision else outputs.segmentation[0]
-            with self.attributes(network=lambda data: segmentation, loss=lambda output, target: output[0].sum()):
+            with replaced(self, network=lambda data: segmentation, loss=lambda output, target: output[0].sum()):
                 result = {**super().validation_step(batch), **result}
         return result
 

@@ -29,7 +29,7 @@ from nnunet_kd.data.joint import JointDataset, changes
 from nnunet_kd.data.joint_network import build_joint_network
 from nnunet_kd.data.loader import JointLoader, MapLabelsTransform, PadToMultipleTransform, member_probabilities
 from nnunet_kd.data.member import Member, read_json
-from nnunet_kd.environment import environment
+from nnunet_kd.environment import environment, replaced
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
 from nnunet_kd.networks.joint import JointUNet
@@ -144,8 +144,8 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         return self.plans_manager.get_label_manager(head.dataset_json)
 
     def _member_loss(self, name: str) -> nn.Module:
-        with self.attributes(
-            label_manager=self._head_label_manager(name), configuration_manager=self._configuration(name)
+        with replaced(
+            self, label_manager=self._head_label_manager(name), configuration_manager=self._configuration(name)
         ):
             loss = self._build_loss()
         if self.is_ddp:
@@ -172,7 +172,7 @@ class nnUNetTrainerKDTeacher(KDTrainer):
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         """Deep supervision follows the teacher's strides, whichever member speaks."""
-        with self.attributes(configuration_manager=self.joint_configuration_manager):
+        with replaced(self, configuration_manager=self.joint_configuration_manager):
             return super()._get_deep_supervision_scales()
 
     @contextmanager
@@ -183,7 +183,8 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         if self.is_cascaded:
             folder = Path(str(nnUNet_results), *Path(self.folder_with_segs_from_previous_stage).parts[-4:-2])
             previous = str(folder / name / "predicted_next_stage" / self.configuration_name)
-        with self.attributes(
+        with replaced(
+            self,
             member=name,
             plans_manager=member.plans_manager,
             configuration_manager=self._configuration(name),
@@ -248,7 +249,7 @@ class nnUNetTrainerKDTeacher(KDTrainer):
     def print_plans(self) -> None:
         """Stock log of the plans without our block, which holds the members' plans."""
         plans = {key: value for key, value in self.plans_manager.plans.items() if key != BLOCK}
-        with self.attributes(plans_manager=PlansManager(plans)):
+        with replaced(self, plans_manager=PlansManager(plans)):
             super().print_plans()
 
     def on_train_start(self) -> None:
@@ -350,7 +351,7 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         for name in self.members:
             self.print_to_log_file(f"Validating {name}")
             self.joint_network.select(name)
-            with self.speaking_for(name), self.attributes(**self._member_output(name)):
+            with self.speaking_for(name), replaced(self, **self._member_output(name)):
                 super().perform_actual_validation(save_probabilities)
         self.joint_network.select(None)
         if self.local_rank == 0:
