@@ -106,10 +106,15 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Term:
-    """One line of the student's extra loss. ``options`` go to the loss (for example ``balance`` of kl)."""
+    """One line of the student's extra loss. ``options`` go to the loss (for example ``balance`` of kl).
+
+    ``on``: what is compared: segmentation logits, features of ``levels``, logits of the classification targets, or
+    boxes. Of the terms on boxes, "imitation" compares features too and takes the levels of the student's detection head
+    where it names none.
+    """
 
     teacher: str = "joint"
-    on: Literal["logits", "features"] = "logits"
+    on: Literal["logits", "features", "classification", "boxes"] = "logits"
     loss: str = "kl"
     weight: float = 1.0
     temperature: float | None = None
@@ -333,8 +338,11 @@ def _check_ranges(settings: Settings) -> None:
                 f"'{where}.schedule.start' is {term.schedule.start}, after the end of the ramp, 'warmup' = "
                 f"{term.schedule.warmup}. Raise 'warmup' or lower 'start'."
             )
-        if term.on == "logits" and term.levels:
-            raise SettingsError(f"'{where}.levels' belongs to a term on features. Remove it, or change '{where}.on'.")
+        if term.levels and term.on != "features" and (term.on, term.loss) != ("boxes", "imitation"):
+            raise SettingsError(
+                f"'{where}.levels' belongs to a term on features, or on boxes with the loss 'imitation'. Remove it, or "
+                f"change '{where}.on'."
+            )
         if term.on == "features" and not term.levels:
             raise SettingsError(
                 f"'{where}.levels' is empty. A term on features names its levels, for example "

@@ -12,6 +12,7 @@ from pathlib import Path
 from nnunet_kd.cli.errors import clear_errors
 from nnunet_kd.data.joint import JointDataset
 from nnunet_kd.data.member import Member, dataset_name
+from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.planners.existing import check_joint_name, outdated_teachers
 from nnunet_kd.planners.heads import read_heads
@@ -30,7 +31,6 @@ from nnunet_kd.planners.student_planner import check_member_plans, read_settings
 from nnunet_kd.planners.student_planner import plan_student as write_student_plans
 from nnunet_kd.planners.tasks import (
     declared_tasks,
-    need_segmentation,
     prepare_side_files,
     stand_in_segmentations,
     write_splits,
@@ -79,8 +79,6 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
         raise JointDatasetError("--heads and --joint_name describe a joint dataset. Give its id with --joint.")
     heads = read_heads(args.heads, members)
     tasks = {member: declared_tasks(member) for member in members}
-    for member in members if name is not None else ():
-        need_segmentation(member, tasks[member])
     for member in members:
         check_planner(member, members_plans, args.pl)
         check_member_plans(member, members_plans, args.plans_name)
@@ -98,7 +96,9 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
         with stand_in_segmentations(member, tasks[member]):
             prepare_member(member, steps, ())
     chosen = {m: _configurations([m], members_plans, args.c) for m in members} if name is None else {}
-    configurations = _configurations(members, members_plans, args.c) if name is not None else []
+    configurations = []
+    if name is not None:
+        configurations = _without_cascade(_configurations(members, members_plans, args.c), members_plans, tasks, args.c)
     if not args.no_pp:
         for member in members:
             with stand_in_segmentations(member, tasks[member]):
@@ -183,6 +183,24 @@ def _configurations(members: Sequence[str], plans_name: str, requested: Sequence
     return common
 
 
+def _without_cascade(
+    configurations: Sequence[str], plans_name: str, tasks: Mapping[str, Tasks], requested: Sequence[str] | None
+) -> list[str]:
+    """The configurations in which all members can be joined: a cascade needs a previous segmentation of each."""
+    others = [member for member, own in tasks.items() if not own.segmentation]
+    if not others:
+        return list(configurations)
+    cascades = [c for c in configurations if Member(others[0], plans_name, c).configuration_manager.previous_stage_name]
+    if cascades and requested is not None:
+        raise JointDatasetError(
+            f"{others[0]} has no segmentation, so it has no previous stage for {cascades[0]}. Leave the configuration "
+            f"or the member out."
+        )
+    for configuration in cascades:
+        print(f"INFO: no joint {configuration}, because {others[0]} has no segmentation for its previous stage.")
+    return [configuration for configuration in configurations if configuration not in cascades]
+
+
 def _dataset_id(text: str) -> int:
     if not (text.isdigit() and 1 <= int(text) <= 999):
         raise argparse.ArgumentTypeError(f"'{text}' is no dataset id: nnU-Net's have three digits, 1 to 999.")
@@ -221,11 +239,19 @@ def _print_summary(joint: JointDataset, plans: Mapping[str, TeacherPlan], plans_
             spacing = " x ".join(f"{value:.3g}" for value in manager.spacing)
             patch = " x ".join(str(size) for size in manager.patch_size)
             shared = ", shared" if entry.label_map else ""
-            head = f"{entry.head} ({joint.heads[entry.head].label_space.num_channels} channels{shared})"
+            head = "no segmentation"
+            if entry.head is not None:
+                head = f"{entry.head} ({joint.heads[entry.head].label_space.num_channels} channels{shared})"
             print(
                 f"  {name:32s} {len(member_cases(member)):5d} {head:>44s} {spacing:>22s} {patch:>18s} "
                 f"{plan.batch_sizes[name]:5d} {plan.memory_gb[name]:6.2f}"
             )
+        for name in joint.members:
+            classification, detection = joint.member_heads(name, configuration)
+            heads = [f"{target} ({classes} classes)" for target, classes in (classification or {}).get("targets", ())]
+            heads += [f"boxes of {', '.join(detection['classes'])}"] if detection is not None else []
+            if heads:
+                print(f"  {name} also has heads for {'; '.join(heads)}")
         print(
             f"  teacher: {plan.configuration['architecture']['network_class_name'].split('.')[-1]} for the patch of "
             f"{plan.largest}, features {list(arguments['features_per_stage'])}, "
@@ -241,7 +267,8 @@ def _print_summary(joint: JointDataset, plans: Mapping[str, TeacherPlan], plans_
     print('  eval "$(nnUNetKD_env)"')
     print(f"  nnUNetv2_train {joint.name[7:10]} {configuration} 0 -tr nnUNetTrainerKDTeacher -p {plans_name}")
     for name, entry in joint.members.items():
-        print(f"  nnUNetv2_train {name[7:10]} {configuration} 0 -tr nnUNetTrainerKDStudent -p {entry.plans}")
+        own_plans = plans_name if any(joint.member_heads(name, configuration)) else entry.plans
+        print(f"  nnUNetv2_train {name[7:10]} {configuration} 0 -tr nnUNetTrainerKDStudent -p {own_plans}")
 
 
 def _warn_of_outdated_teachers(joint_name: str, plans_name: str) -> None:

@@ -105,7 +105,8 @@ def keep_configurations(
         )
         for m, entry in joint.members.items()
     }
-    return replace(joint, members=entries)
+    task_heads = {c: own for c, own in old.task_heads.items() if c in kept}
+    return replace(joint, members=entries, task_heads={**task_heads, **joint.task_heads})
 
 
 def outdated_teachers(joint_name: str, plans_name: str) -> list[Path]:
@@ -136,7 +137,8 @@ def _is_still_valid(joint: JointDataset, old: JointDataset, configuration: str) 
         states = {m: {configuration: joint.member(m, configuration).planned_state()} for m in joint.members}
     except JointDatasetError:
         return False  # a member lost this configuration
-    now = replace(joint, members={m: replace(entry, state=states[m]) for m, entry in joint.members.items()})
+    members = {m: replace(entry, state=states[m]) for m, entry in joint.members.items()}
+    now = replace(joint, members=members, task_heads=old.task_heads)
     return now.signature(configuration) == old.signature(configuration)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nnunet_kd.data.joint import HeadEntry
 from nnunet_kd.data.member import Member, dataset_name
+from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import LabelSpaceError
 from nnunet_kd.spaces.labels import BACKGROUND, LabelSpace, member_to_head_map
 
@@ -73,7 +74,7 @@ def _checked_head(name: str, head: Any, members: Sequence[str]) -> dict[str, Any
 def plan_heads(
     members: Mapping[str, Member], shared: Mapping[str, Any]
 ) -> tuple[dict[str, HeadEntry], dict[str, str], dict[str, dict[str, str]]]:
-    """Heads in order, the head of each member, and the label maps of members with a shared head.
+    """Heads in order, the head of each member that segments, and the label maps of members with a shared head.
 
     Raises:
         LabelSpaceError: A shared head names something that is no member, or lacks a label of one.
@@ -93,6 +94,11 @@ def plan_heads(
                     f"Shared head '{head_name}' (--heads) names {member}, which is no member. Add it after -d, or "
                     f"take it out of the head."
                 )
+            if not Tasks.from_dataset_json(members[member].dataset_json).segmentation:
+                raise LabelSpaceError(
+                    f"Shared head '{head_name}' (--heads) names {member}, which has no segmentation. Take it out of "
+                    f"the head."
+                )
             if member in head_of:
                 raise LabelSpaceError(
                     f"{member} is named by two shared heads, '{head_of[member]}' and '{head_name}'. Leave one."
@@ -103,7 +109,7 @@ def plan_heads(
                 raise LabelSpaceError(f"Shared head '{head_name}', member {member}: {error}") from error
             head_of[member], maps[member] = head_name, dict(mapping)
     for name, member in members.items():
-        if name not in head_of:
+        if name not in head_of and Tasks.from_dataset_json(member.dataset_json).segmentation:
             heads[name] = HeadEntry(member.dataset_json["labels"], member.dataset_json.get("regions_class_order"))
             _ = LabelSpace.from_dataset_json(member.dataset_json)  # refuse a broken label space now
             head_of[name] = name

@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from nnunet_kd.data.joint import HeadEntry, JointDataset, MemberEntry
+from nnunet_kd.data.joint import TASK_HEADS, HeadEntry, JointDataset, MemberEntry
 from nnunet_kd.data.member import Member
 from nnunet_kd.data.splits import join_splits
-from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.environment import environment
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
+from nnunet_kd.networks.multitask import Heads, multitask_architecture
 from nnunet_kd.planners.existing import (
     check_joint_name,
     check_same_members,
@@ -35,7 +36,7 @@ from nnunet_kd.planners.existing import (
 from nnunet_kd.planners.heads import plan_heads
 from nnunet_kd.planners.members import find_planner, member_cases, planning_threads
 from nnunet_kd.planners.student_planner import settings_of
-from nnunet_kd.planners.tasks import need_segmentation, planned_splits
+from nnunet_kd.planners.tasks import planned_splits, teacher_heads
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.channels import ChannelSpace, union
 
@@ -94,8 +95,6 @@ def plan_joint(
     members = in_stored_order(members, order.members if order else ())
     views = {c: {m: Member(m, members_plans, c) for m in members} for c in configurations}
     first = views[configurations[0]]
-    for member in first.values():
-        need_segmentation(member.name, Tasks.from_dataset_json(member.dataset_json))
     channels = union({m: view.channel_names for m, view in first.items()})
     heads, head_of, maps = plan_heads(first, shared_heads or {})
     if order is not None:
@@ -107,7 +106,7 @@ def plan_joint(
     splits = {m: planned_splits(view, own_cases[m]) for m, view in first.items()}
     joint_splits = join_splits(splits, own_cases)
     plans_of = {
-        c: plan_teacher(name, views[c], channels.names, heads, head_of, planner, gpu_memory_target, width)
+        c: plan_teacher(name, views[c], channels.names, heads, head_of, plans_name, planner, gpu_memory_target, width)
         for c in configurations
     }
     entries = {
@@ -115,14 +114,15 @@ def plan_joint(
             plans=members_plans,
             description={"plans": view.plans, "dataset_json": view.dataset_json},
             channel_names=list(view.channel_names),
-            head=head_of[m],
+            head=head_of.get(m),
             previous_stage_labels=[int(label) for label in view.label_manager.foreground_labels],
             label_map=maps.get(m),
             batch_sizes={c: plans_of[c].batch_sizes[m] for c in configurations},
         )
         for m, view in first.items()
     }
-    joint = JointDataset(name, channels, entries, heads)
+    task_heads = {c: plan.configuration[TASK_HEADS] for c, plan in plans_of.items()}
+    joint = JointDataset(name, channels, entries, heads, task_heads)
     check_same_members(joint, {plans: other for plans, other in stored.items() if plans != plans_name})
     plans, dataset_json = _joint_files(joint, views, plans_of, plans_name, normalisation)
     dataset_json["numTraining"] = sum(len(own) for own in own_cases.values())
@@ -153,6 +153,7 @@ def plan_teacher(
     channel_names: Sequence[str],
     heads: Mapping[str, HeadEntry],
     head_of: Mapping[str, str],
+    plans_name: str,
     planner_class: type[ExperimentPlanner] | None,
     gpu_memory_target: float | None,
     width: float,
@@ -170,20 +171,19 @@ def plan_teacher(
     manager = leader.configuration_manager
     planner_class = planner_class or _planner_of(leader)
     with _planner(planner_class, name, channel_names, gpu_memory_target) as planner:
+        architecture = _plan_architecture(planner, manager)["architecture"]
+    strides = np.cumprod(np.array(architecture["arch_kwargs"]["strides"]), axis=0)  # they do not depend on the features
+    task_heads = {m: teacher_heads(view, plans_name, strides[:-1].tolist()) for m, view in members.items()}
+    outputs = {m: heads[head_of[m]].label_space.num_channels if m in head_of else 1 for m in members}
+    with _planner(planner_class, name, channel_names, gpu_memory_target) as planner:
         target = planner.UNet_vram_target_GB
         base_features = max(MIN_BASE_FEATURES, round(planner.UNet_base_num_features * width))
         while True:
             planner.UNet_base_num_features = base_features
-            planner.UNet_vram_target_GB = ENOUGH_MEMORY_GB
-            planned = planner.get_plans_for_configuration(
-                np.array(manager.spacing), np.array(manager.patch_size), "unused", 1.0, {}
-            )
+            planned = _plan_architecture(planner, manager)
             architecture = planned["architecture"]
-            multiple = np.prod(np.vstack(architecture["arch_kwargs"]["strides"]), axis=0)
-            memory = {
-                m: _memory_gb(planner, view, architecture, multiple, heads[head_of[m]].label_space.num_channels)
-                for m, view in members.items()
-            }
+            networks = {m: _with_task_heads(architecture, task_heads[m]) for m in members}
+            memory = {m: _memory_gb(planner, view, networks[m], strides[-1], outputs[m]) for m, view in members.items()}
             batch_sizes = {m: _batch_size(view, memory[m], target) for m, view in members.items()}
             total = {m: memory[m] * batch_sizes[m] for m in members}
             too_large = max(total, key=lambda m: total[m])
@@ -202,7 +202,26 @@ def plan_teacher(
         patch_size=[int(size) for size in planned["patch_size"]],
         batch_size=max(batch_sizes.values()),
     )
+    configuration[TASK_HEADS] = {
+        m: {"classification": classification, "detection": detection}
+        for m, (classification, detection) in task_heads.items()
+        if classification is not None or detection is not None
+    }
     return TeacherPlan(configuration, batch_sizes, total, largest)
+
+
+def _plan_architecture(planner: ExperimentPlanner, manager: ConfigurationManager) -> dict[str, Any]:
+    """The stock planner's configuration that covers the patch, whatever memory it needs."""
+    planner.UNet_vram_target_GB = ENOUGH_MEMORY_GB
+    planned: dict[str, Any] = planner.get_plans_for_configuration(
+        np.array(manager.spacing), np.array(manager.patch_size), "unused", 1.0, {}
+    )
+    return planned
+
+
+def _with_task_heads(architecture: dict[str, Any], heads: Heads) -> dict[str, Any]:
+    """The network of one member; stock where it only segments."""
+    return multitask_architecture(architecture, *heads) if any(head is not None for head in heads) else architecture
 
 
 def _planner_of(member: Member) -> type[ExperimentPlanner]:

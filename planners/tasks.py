@@ -26,7 +26,7 @@ from nnunet_kd.data.verify import REPAIR_FOLDS, verify_dataset
 from nnunet_kd.environment import environment
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import replacing, write_json
-from nnunet_kd.networks.multitask import multitask_architecture, planned_heads
+from nnunet_kd.networks.multitask import Heads, multitask_architecture, planned_heads
 from nnunet_kd.planners.members import is_preprocessed, member_cases
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.tasks.detection_plan import plan_detection
@@ -44,15 +44,6 @@ def declared_tasks(name: str) -> Tasks:
     raw = Path(str(nnUNet_raw)) / name if nnUNet_raw.is_set() else None
     folder = raw if raw is not None and (raw / "dataset.json").is_file() else Path(str(nnUNet_preprocessed)) / name
     return Tasks.from_dataset_json(read_json(folder / "dataset.json", "Put the dataset there, or check its id."))
-
-
-def need_segmentation(name: str, tasks: Tasks) -> None:
-    """Raise JointDatasetError for a member of a joint dataset that has no segmentations."""
-    if not tasks.segmentation:
-        raise JointDatasetError(
-            f"{name} has no segmentation (dataset.json: nnunet_kd.tasks.segmentation is false). A joint teacher joins "
-            f"segmentation datasets so far; leave this member out, or plan it alone, without --joint."
-        )
 
 
 def prepare_side_files(name: str, tasks: Tasks) -> None:
@@ -158,34 +149,68 @@ def with_heads(
         preprocessed, or in a configuration of another dimension; both is said.
     """
     planned: dict[str, Any] = copy.deepcopy(dict(plans))
-    tasks = Tasks.from_dataset_json(Member(member, base_plans, "").dataset_json)
-    if tasks.is_segmentation_only:
-        return planned
     for name, configuration in planned["configurations"].items():
-        if "architecture" not in configuration:
-            continue
-        view = Member(member, base_plans, name)
-        before = _heads(existing, name)
-        classification = None
-        if tasks.classification:
-            classification = {"targets": [[target.name, len(target.classes)] for target in tasks.classification]}
-            if (before[0] or {}).get("targets") == classification["targets"]:
-                classification = before[0]
-        detection = None
-        if tasks.detection is not None and (before[1] or {}).get("classes") == list(tasks.detection.classes):
-            detection = before[1]
-        elif tasks.detection is not None and _can_detect(view):
-            strides = np.cumprod(np.array(view.configuration_manager.pool_op_kernel_sizes), axis=0)[:-1]
-            sizes = _box_sizes(view, tasks)
-            patch_size = view.configuration_manager.patch_size
-            detection = plan_detection(sizes, strides.tolist(), patch_size, tasks.detection.classes).to_dict()
-        if classification is not None or detection is not None:
-            architecture = multitask_architecture(configuration["architecture"], classification, detection)
-            configuration["architecture"] = architecture
+        if "architecture" in configuration:
+            classification, detection = member_heads(Member(member, base_plans, name), _heads(existing, name))
+            if classification is not None or detection is not None:
+                architecture = multitask_architecture(configuration["architecture"], classification, detection)
+                configuration["architecture"] = architecture
     return planned
 
 
-def _heads(plans: Mapping[str, Any] | None, configuration: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def member_heads(member: Member, before: Heads = (None, None)) -> Heads:
+    """Heads for the tasks of a dataset in the network of one configuration.
+
+    Args:
+        member: The dataset under the plans that it is preprocessed with.
+        before: Existing heads, which stay where they are for the same targets and classes.
+    """
+    tasks = Tasks.from_dataset_json(member.dataset_json)
+    classification = None
+    if tasks.classification:
+        classification = {"targets": [[target.name, len(target.classes)] for target in tasks.classification]}
+        if (before[0] or {}).get("targets") == classification["targets"]:
+            classification = before[0]
+    detection = None
+    if tasks.detection is not None and (before[1] or {}).get("classes") == list(tasks.detection.classes):
+        detection = before[1]
+    elif tasks.detection is not None and _can_detect(member):
+        strides = np.cumprod(np.array(member.configuration_manager.pool_op_kernel_sizes), axis=0)[:-1]
+        detection = _detection(member, tasks, strides.tolist())
+    return classification, detection
+
+
+def teacher_heads(member: Member, plans_name: str, strides: Sequence[Sequence[int]]) -> Heads:
+    """A member's heads in the network of a joint teacher.
+
+    Boxes get the anchors of the member's own plans, because student and teacher are compared anchor by anchor; only
+    where the teacher's decoder has not their strides are they planned for the teacher.
+
+    Args:
+        member: The member under the plans that it is preprocessed with.
+        plans_name: The plans that its students train with.
+        strides: Of the teacher's decoder, finest first.
+    """
+    file = member.base_folder / f"{plans_name}.json"
+    existing = read_json(file, "Delete the broken file or choose another -plans_name.") if file.is_file() else None
+    classification, detection = member_heads(member, _heads(existing, member.configuration))
+    decoder = [list(stride) for stride in strides]
+    if detection is not None and not all(list(stride) in decoder for stride in detection["strides"]):
+        detection = _detection(member, Tasks.from_dataset_json(member.dataset_json), decoder)
+        print(
+            f"INFO: the joint teacher's decoder has not the strides of {member.name} in {member.configuration}, so its "
+            f"boxes get anchors of their own there: the teacher learns them, but cannot teach boxes."
+        )
+    return classification, detection
+
+
+def _detection(member: Member, tasks: Tasks, strides: Sequence[Sequence[int]]) -> dict[str, Any]:
+    assert tasks.detection is not None
+    patch_size = member.configuration_manager.patch_size
+    return plan_detection(_box_sizes(member, tasks), strides, patch_size, tasks.detection.classes).to_dict()
+
+
+def _heads(plans: Mapping[str, Any] | None, configuration: str) -> Heads:
     """Classification and detection head that plans have in a configuration."""
     content = {} if plans is None else plans.get("configurations", {}).get(configuration, {})
     heads = planned_heads(content["architecture"]) if "architecture" in content else None

@@ -20,13 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # imported late, so that --help and errors in the arguments take no seconds
     import torch
 
+    from nnunet_kd.inference.input_files import input_images
     from nnunet_kd.inference.predict import build_predictor, has_heads
     from nnunet_kd.inference.trained_model import open_model
+    from nnunet_kd.spaces.channels import channel_names
 
     if not 0 <= args.part_id < args.num_parts:
         raise NnUNetKDError(f"-part_id {args.part_id} must be at least 0 and below -num_parts {args.num_parts}.")
-    if not os.path.isdir(args.i):
-        raise NnUNetKDError(f"The input folder {args.i} does not exist. Give with -i a folder of images (CASE_0000.*).")
     model = open_model(args.m, args.f, args.chk)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise NnUNetKDError("No CUDA device is available. Use -device cpu, or -device mps on Apple silicon.")
@@ -55,17 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{model.folder} is the second stage of a cascade. Predict {previous_stage} first and give its folder with "
             f"-prev_stage_predictions."
         )
+    images = input_images(args.i, predictor.dataset_json["file_ending"], len(channel_names(predictor.dataset_json)))
     os.makedirs(args.o, exist_ok=True)
     shared = {
         "save_probabilities": args.save_probabilities,
         "overwrite": not args.continue_prediction,
         "folder_with_segs_from_prev_stage": args.prev_stage_predictions,
     }
-    if args.npp == 0 and args.nps == 0 and not has_heads(model):
-        predictor.predict_from_files_sequential(args.i, args.o, **shared)
+    if args.npp == 0 and args.nps == 0 and not has_heads(model, args.head, args.member):
+        predictor.predict_from_files_sequential(images, args.o, **shared)
         return
     predictor.predict_from_files(
-        args.i,
+        images,
         args.o,
         num_processes_preprocessing=args.npp,
         num_processes_segmentation_export=args.nps,
@@ -89,7 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-m", required=True, help="Model folder; may be relative to nnUNet_results")
     parser.add_argument("--head", default=None, help="Joint teacher: member (name or id) or shared head to predict")
     parser.add_argument("--member", default=None, help="Joint teacher: whose images, if several share the head")
-    parser.add_argument("-i", required=True, help="Input folder; names and file ending as in the training dataset")
+    parser.add_argument(
+        "-i",
+        required=True,
+        nargs="+",
+        help="Input folder, or image files; names (CASE_0000...) and file ending as in the training dataset",
+    )
     parser.add_argument("-o", required=True, help="Output folder; made if it does not exist")
     parser.add_argument(
         "--tasks",

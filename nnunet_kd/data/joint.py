@@ -1,7 +1,8 @@
 """The joint dataset: a pseudo-dataset in nnUNet_preprocessed that names its members and copies no image.
 
 Its description lives in the block ``nnunet_kd`` of its plans file: ``members`` (dataset, plans, head, label map, state
-per configuration), ``channels`` (the channel space) and ``heads`` (label space and output channels).
+per configuration), ``channels`` (the channel space) and ``heads`` (label space and output channels). Heads for classes
+and boxes depend on the network, so they are part of each configuration: ``task_heads``.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from nnunetv2.paths import nnUNet_preprocessed
 
 from nnunet_kd.data.member import Member
 from nnunet_kd.data.splits import fold_cases, split_key
+from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.networks.joint import Head, Route
+from nnunet_kd.networks.multitask import Heads
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.channels import ChannelSpace
 from nnunet_kd.spaces.labels import LabelMap, LabelSpace, member_to_head_map
 
 VERSION = 2
+TASK_HEADS = "task_heads"  # key in a configuration: member to its "classification" and "detection" settings
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,14 @@ class MemberEntry:
 
     ``description``: the member's ``plans`` and ``dataset_json``, so that a trained teacher predicts and teaches where
     the member's dataset is not. ``previous_stage_labels``: foreground labels that a cascade puts into the input as
-    one-hot channels.
+    one-hot channels. ``head``: None where the member has no segmentation.
     ``batch_sizes`` and ``state``: per configuration.
     """
 
     plans: str
     description: dict[str, Any]
     channel_names: list[str]
-    head: str
+    head: str | None
     previous_stage_labels: list[int]
     label_map: dict[str, str] | None = None
     batch_sizes: dict[str, int] = field(default_factory=dict)
@@ -67,12 +71,16 @@ class HeadEntry:
 
 @dataclass(frozen=True)
 class JointDataset:
-    """Members, channel space and heads of a joint teacher."""
+    """Members, channel space and heads of a joint teacher.
+
+    ``task_heads``: per configuration, the members that have classes or boxes, with the settings of these heads.
+    """
 
     name: str
     channels: ChannelSpace
     members: dict[str, MemberEntry]
     heads: dict[str, HeadEntry]
+    task_heads: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
     def from_plans(cls, plans: Mapping[str, Any]) -> JointDataset:
@@ -103,10 +111,15 @@ class JointDataset:
             channels=ChannelSpace(tuple(block["channels"])),
             members={name: MemberEntry(**entry) for name, entry in block["members"].items()},
             heads={name: HeadEntry(**entry) for name, entry in block["heads"].items()},
+            task_heads={
+                c: content[TASK_HEADS]
+                for c, content in plans.get("configurations", {}).items()
+                if TASK_HEADS in content
+            },
         )
 
     def to_block(self) -> dict[str, Any]:
-        """The description as plain JSON types."""
+        """The description as plain JSON types, without ``task_heads``, which belong to the configurations."""
         return {
             "version": VERSION,
             "channels": list(self.channels.names),
@@ -129,6 +142,7 @@ class JointDataset:
                     "channel_names": list(entry.channel_names),
                     "previous_stage_labels": list(entry.previous_stage_labels),
                     "label_map": entry.label_map,
+                    TASK_HEADS: self.task_heads.get(configuration, {}).get(name),
                     **{part: entry.state.get(configuration, {}).get(part) for part in ("plans", "dataset.json")},
                 }
                 for name, entry in self.members.items()
@@ -143,10 +157,20 @@ class JointDataset:
         """The same as it was when the teacher was planned; nothing is read from the dataset's folder."""
         return Member(name, self.members[name].plans, configuration, self.members[name].description)
 
+    def member_heads(self, name: str, configuration: str) -> Heads:
+        """Settings of the member's heads for classification and detection in the teacher's network, None without."""
+        own = self.task_heads.get(configuration, {}).get(name, {})
+        return own.get("classification"), own.get("detection")
+
+    def member_tasks(self, name: str, configuration: str) -> Tasks:
+        """What the teacher learns of a member, as its dataset declared it when the teacher was planned."""
+        declared = Tasks.from_dataset_json(self.members[name].description["dataset_json"])
+        return declared.with_heads(*self.member_heads(name, configuration))
+
     @property
     def num_head_channels(self) -> int:
-        """Output channels of all heads together."""
-        return sum(head.label_space.num_channels for head in self.heads.values())
+        """Output channels of all heads together; one at least, because nnU-Net builds no network without."""
+        return max(1, sum(head.label_space.num_channels for head in self.heads.values()))
 
     @property
     def joint_class_names(self) -> tuple[str, ...]:
@@ -162,7 +186,8 @@ class JointDataset:
 
     def routes(self, cascaded: bool) -> dict[str, Route]:
         """Input channels and output slice of every member; a cascade adds channels for the previous stage's labels."""
-        slices = {name: (start, stop) for name, _, start, stop in self._slices()}
+        slices: dict[str | None, tuple[int, int]] = {None: (0, 0)}
+        slices.update({name: (start, stop) for name, _, start, stop in self._slices()})
         routes, next_channel = {}, len(self.channels.names)
         for name, entry in self.members.items():
             channels = self.channels.indices(entry.channel_names)
@@ -180,7 +205,7 @@ class JointDataset:
     def head_map(self, member: str) -> LabelMap | None:
         """The member's labels to its shared head's labels; None where the member has a head of its own."""
         entry = self.members[member]
-        if entry.label_map is None:
+        if entry.label_map is None or entry.head is None:
             return None
         own = self.recorded_member(member, "").label_space
         return member_to_head_map(own, self.heads[entry.head].label_space, entry.label_map)

@@ -102,12 +102,22 @@ class Tasks:
         """Segmentation is the one task, as in stock nnU-Net."""
         return self.segmentation and not self.classification and self.detection is None
 
-    def with_heads(self, classification: bool, detection: bool) -> Tasks:
-        """The tasks that a network learns which has heads for these."""
+    def with_heads(self, classification: Mapping[str, Any] | None, detection: Mapping[str, Any] | None) -> Tasks:
+        """The tasks that a network learns which has heads with these settings (None: no such head).
+
+        Raises:
+            TaskError: A head was planned for other targets or classes than are declared.
+        """
+        targets = [[target.name, len(target.classes)] for target in self.classification]
+        if classification is not None and list(map(list, classification["targets"])) != targets:
+            raise TaskError(_changed("tasks.classification", targets, classification["targets"]))
+        classes = [] if self.detection is None else list(self.detection.classes)
+        if detection is not None and list(detection["classes"]) != classes:
+            raise TaskError(_changed("tasks.detection", classes, detection["classes"]))
         return replace(
             self,
-            classification=self.classification if classification else (),
-            detection=self.detection if detection else None,
+            classification=() if classification is None else self.classification,
+            detection=None if detection is None else self.detection,
         )
 
     @property
@@ -207,6 +217,13 @@ def _names(value: Any, key: str, form: str, minimum: int) -> tuple[str, ...]:
 
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value != "" and value == value.strip()
+
+
+def _changed(key: str, declared: Any, planned: Any) -> str:
+    return (
+        f"{BLOCK}.{key} in dataset.json declares {declared}, but the plans have a head for {planned}. Run "
+        f"nnUNetKD_plan_and_preprocess again (with the flags used before), or put back the dataset.json of that time."
+    )
 
 
 def _wrong(key: str, value: Any, form: str) -> str:

@@ -20,9 +20,21 @@ from nnunet_kd.evaluation.detection import PredictedBoxes
 from nnunet_kd.networks.multitask import TaskOutputs
 from nnunet_kd.tasks.box_merging import Candidates, cluster, suppress
 from nnunet_kd.tasks.classification import ClassificationHead, Pooled, probabilities
-from nnunet_kd.tasks.detection import Detections, DetectionTask
+from nnunet_kd.tasks.detection import Detections, DetectionTask, Proposals
 
 BoxMerging = Literal["cluster", "suppress"]
+VIEWS_AT_ONCE = 256  # after so many, proposals leave the device, to bound the memory
+
+
+class Place(NamedTuple):
+    """What a view showed."""
+
+    lower: tuple[int, ...]
+    """First voxel of the tile in the image, negative in padding."""
+    size: tuple[int, ...]
+    """Voxels of the tile."""
+    flipped: tuple[int, ...]
+    """Spatial axes along which the network saw it mirrored."""
 
 
 class FoldFindings(NamedTuple):
@@ -30,10 +42,8 @@ class FoldFindings(NamedTuple):
 
     logits: dict[str, Tensor]
     """[1, classes] of each classification target, the mean over views."""
-    detections: list[Detections]
-    """Of each tile and view, boxes in the image."""
-    tiles: list[Tensor]
-    """[2 * dim], where each of these views lies in the image; it may reach into padding."""
+    boxes: Candidates | None
+    """Of all tiles and views, in the image, on the CPU; a tile may reach into padding. None without detection."""
 
 
 class FoldCollector:
@@ -52,8 +62,9 @@ class FoldCollector:
         self.detection = detection
         self.image_shape = tuple(image_shape)
         self._pooled: dict[tuple[int, ...], list[Pooled]] = {}
-        self._detections: list[Detections] = []
-        self._tiles: list[Tensor] = []
+        self._proposals: list[Proposals] = []
+        self._places: list[Place] = []
+        self._found: list[Candidates] = []
 
     def add(self, outputs: TaskOutputs, lower: Sequence[int], size: Sequence[int], flipped: tuple[int, ...]) -> None:
         """Add one tile in one view.
@@ -69,11 +80,10 @@ class FoldCollector:
             self._pooled.setdefault(flipped, []).append(outputs.pooled)
         if self.detection is not None:
             assert outputs.detection is not None
-            (found,) = self.detection.decode(outputs.detection, size)
-            boxes = mirror(found.boxes, size, flipped) + found.boxes.new_tensor([*lower, *lower])
-            self._detections.append(clip_to_image(found._replace(boxes=boxes), self.image_shape))
-            first = torch.tensor(list(lower), dtype=boxes.dtype)
-            self._tiles.append(torch.cat((first, first + first.new_tensor(list(size)))))
+            self._proposals.append(self.detection.propose(outputs.detection))
+            self._places.append(Place(tuple(lower), tuple(size), flipped))
+            if len(self._places) == VIEWS_AT_ONCE:
+                self._suppress()
 
     def finish(self) -> FoldFindings:
         """Combine the tiles; to be called while the network still has this fold's weights."""
@@ -82,7 +92,17 @@ class FoldCollector:
             combine, classify = self.classification.combine, self.classification.classify
             views = [classify(combine(tiles)) for tiles in self._pooled.values()]
             logits = {name: torch.stack([view[name].float() for view in views]).mean(0) for name in views[0]}
-        return FoldFindings(logits, self._detections, self._tiles)
+        if self._places:
+            self._suppress()
+        return FoldFindings(logits, joined(self._found) if self._found else None)
+
+    def _suppress(self) -> None:
+        """Make boxes in the image of what was proposed in the views so far; here the device is waited for."""
+        assert self.detection is not None
+        proposals = Proposals(*(torch.cat(parts) for parts in zip(*self._proposals, strict=True)))
+        found, views = self.detection.suppress(proposals, self._places[0].size)
+        self._found.append(in_image(found, views, self._places, self.image_shape))
+        self._proposals, self._places = [], []
 
 
 def case_probabilities(
@@ -99,15 +119,7 @@ def case_probabilities(
 
 def case_boxes(folds: Sequence[FoldFindings], detection: DetectionTask, merging: BoxMerging) -> PredictedBoxes:
     """Labels [N], boxes [N, 2 * dim] in the preprocessed array and scores [N], by falling score, of all folds."""
-    views = [found for fold in folds for found in fold.detections]
-    counts = torch.tensor([len(found.scores) for found in views])
-    candidates = Candidates(
-        torch.cat([found.boxes for found in views]),
-        torch.cat([found.scores for found in views]),
-        torch.cat([found.labels for found in views]),
-        torch.arange(len(views)).repeat_interleave(counts),
-        torch.stack([tile for fold in folds for tile in fold.tiles]),
-    )
+    candidates = joined([fold.boxes for fold in folds if fold.boxes is not None])
     plan = detection.plan
     if merging == "cluster":
         merged = cluster(candidates, plan.nms_threshold, plan.score_threshold)
@@ -116,18 +128,37 @@ def case_boxes(folds: Sequence[FoldFindings], detection: DetectionTask, merging:
     return merged.labels.numpy(), merged.boxes.double().numpy(), merged.scores.double().numpy()
 
 
-def mirror(boxes: Tensor, size: Sequence[int], axes: Sequence[int]) -> Tensor:
-    """Boxes [N, 2 * dim] of a patch of ``size`` in the patch flipped along ``axes``; its own inverse."""
-    boxes = boxes.clone()
-    for axis in axes:
-        ends = [axis + len(size), axis]
-        boxes[:, [axis, axis + len(size)]] = size[axis] - boxes[:, ends]
-    return boxes
+def in_image(found: Detections, views: Tensor, places: Sequence[Place], shape: Sequence[int]) -> Candidates:
+    """The boxes of views in the image, cut off at its edges; those that lie in padding alone are dropped.
+
+    Args:
+        found: Boxes in the patches that the network saw.
+        views: [N], the index in ``places`` of the view that found each box.
+        places: Of the views.
+        shape: Voxels of the image.
+    """
+    dimension = len(shape)
+    lower = found.boxes.new_tensor([place.lower for place in places])
+    size = found.boxes.new_tensor([place.size for place in places])
+    mirrored = torch.tensor([[axis in place.flipped for axis in range(dimension)] for place in places])[views]
+    first, last = found.boxes[:, :dimension], found.boxes[:, dimension:]
+    first, last = (
+        torch.where(mirrored, size[views] - last, first) + lower[views],
+        torch.where(mirrored, size[views] - first, last) + lower[views],
+    )
+    edges = found.boxes.new_tensor(shape)
+    first, last = first.clamp(min=0).minimum(edges), last.clamp(min=0).minimum(edges)
+    inside = (last > first).all(1)
+    boxes = torch.cat((first, last), 1)[inside]
+    tiles = torch.cat((lower, lower + size), 1)
+    return Candidates(boxes, found.scores[inside], found.labels[inside], views[inside], tiles)
 
 
-def clip_to_image(found: Detections, shape: Sequence[int]) -> Detections:
-    """Cut boxes off at the image's edges; those that lie in padding alone are dropped."""
-    edges = found.boxes.new_tensor([*shape, *shape])
-    boxes = found.boxes.clamp(min=0).minimum(edges)
-    inside = (boxes[:, len(shape) :] > boxes[:, : len(shape)]).all(1)
-    return Detections(boxes[inside], found.scores[inside], found.labels[inside])
+def joined(parts: Sequence[Candidates]) -> Candidates:
+    """The boxes of all parts, each of which has views of its own."""
+    first = 0
+    numbered = []
+    for part in parts:
+        numbered.append(part._replace(views=part.views + first))
+        first += len(part.tiles)
+    return Candidates(*(torch.cat(values) for values in zip(*numbered, strict=True)))

@@ -29,7 +29,7 @@ from nnunet_kd.environment import replaced
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.evaluation.detection import PredictedBoxes
 from nnunet_kd.inference.case_collector import BoxMerging, FoldCollector, FoldFindings, case_boxes, case_probabilities
-from nnunet_kd.networks.multitask import planned_heads
+from nnunet_kd.networks.multitask import planned_heads, unwrapped
 from nnunet_kd.tasks.detection import DetectionTask
 from nnunet_kd.tasks.detection_plan import DetectionPlan
 
@@ -92,10 +92,7 @@ class CasePredictor(nnUNetPredictor):
     @property
     def task_heads(self) -> Any:
         """The object with the heads ``classification`` and ``detection`` that speak for this dataset."""
-        network = self.network
-        for wrapper in ("module", "_orig_mod"):  # DDP, torch.compile
-            network = getattr(network, wrapper, network)
-        return network.heads
+        return unwrapped(self.network).speaking_heads
 
     @property
     def _is_stock(self) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -24,8 +25,8 @@ from nnunet_kd.data.member import Member
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.inference.trained_model import Fold, TrainedModel
-from nnunet_kd.networks.joint import Route, input_convolution
-from nnunet_kd.networks.multitask import stock_architecture, stock_weights
+from nnunet_kd.networks.joint import Route, input_convolution, member_head_weights
+from nnunet_kd.networks.multitask import Heads, multitask_architecture, stock_architecture, stock_weights
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.labels import LabelMap
 
@@ -125,8 +126,8 @@ def _full_name(joint: JointDataset, name: str) -> str:
     return next((m for m in joint.members if name.isdigit() and m.startswith(f"Dataset{int(name):03d}_")), name)
 
 
-def plain_member_model(model: TrainedModel, member_name: str, own_labels: bool) -> PlainModel:
-    """A joint teacher's member as a plain model.
+def plain_member_model(model: TrainedModel, member_name: str, own_labels: bool, task_heads: bool = False) -> PlainModel:
+    """A joint teacher's member as a plain model; with ``task_heads`` also what it has for classes and boxes.
 
     Its labels are the member's own, or with ``own_labels`` false those of its head; they differ where members share a
     head. Of the member's labels that share one of the head's, the first speaks for all.
@@ -135,6 +136,7 @@ def plain_member_model(model: TrainedModel, member_name: str, own_labels: bool) 
     patch itself becomes that large and is filled with image instead.
 
     Raises:
+        NnUNetKDError: The member has no segmentation, and classes and boxes are not wanted.
         NotImplementedError: A cascade in the labels of a shared head.
     """
     joint = model.joint
@@ -143,18 +145,30 @@ def plain_member_model(model: TrainedModel, member_name: str, own_labels: bool) 
     member = joint.recorded_member(member_name, configuration)
     teacher = PlansManager(model.plans).get_configuration(configuration)
     cascaded = teacher.previous_stage_name is not None
-    plans = _member_plans(member, teacher)
+    heads = joint.member_heads(member_name, configuration) if task_heads else (None, None)
+    if joint.members[member_name].head is None and not any(heads):
+        raise NnUNetKDError(
+            f"{member_name} has no segmentation, and a plain nnU-Net predicts nothing else. Use nnUNetKD_predict "
+            f"--head {member_name} where nnunet_kd is installed."
+        )
+    plans = _member_plans(member, teacher, heads)
     plans["plans_name"] = model.plans["plans_name"]
     label_map = joint.head_map(member_name)
     if own_labels or label_map is None:
         dataset_json = without_block(member.dataset_json)
     else:
         dataset_json, label_map = _head_dataset_json(joint, member, cascaded), None
+    if any(heads):
+        dataset_json[BLOCK] = copy.deepcopy(member.dataset_json[BLOCK])  # declares the tasks
     plain = PlainModel(plans, dataset_json, configuration, {}, mirroring_axes, member_name, label_map, training_cases)
     route = joint.routes(cascaded)[member_name]
     network = plain.build_network()
     for fold in list(weights):
-        plain.weights[fold] = slice_weights(weights.pop(fold), network, route, label_map)
+        own = weights.pop(fold)
+        plain.weights[fold] = {
+            **slice_weights(stock_weights(own), network, route, label_map),
+            **(member_head_weights(own, member_name) if any(heads) else {}),
+        }
     return plain
 
 
@@ -240,10 +254,12 @@ def slice_weights(
     """
     first = input_convolution(network)
     inputs = {f"{name}.weight" for name, module in network.named_modules(remove_duplicate=False) if module is first}
-    sliced = {}
+    sliced, own = {}, network.state_dict()
     for key, value in weights.items():
         if key in inputs:
             sliced[key] = value[:, list(route.channels)].clone()
+        elif key.startswith("decoder.seg_layers.") and route.stop == route.start:
+            sliced[key] = torch.zeros_like(own[key])  # the member has no segmentation, and nobody asks for one
         elif key.startswith("decoder.seg_layers."):
             head = value[route.start : route.stop].clone()
             sliced[key] = head if label_map is None else label_map.expand(head, lower=key.endswith(".bias"), axis=0)
@@ -257,12 +273,14 @@ def without_block(description: Mapping[str, Any]) -> dict[str, Any]:
     return {key: copy.deepcopy(value) for key, value in description.items() if key != BLOCK}
 
 
-def _member_plans(member: Member, teacher: ConfigurationManager) -> dict[str, Any]:
-    """The member's plans with one configuration, whose network is the teacher's."""
+def _member_plans(member: Member, teacher: ConfigurationManager, heads: Heads) -> dict[str, Any]:
+    """The member's plans with one configuration, whose network is the teacher's, with ``heads`` if it has any."""
     plans = without_block(member.plans)
     configuration = copy.deepcopy(member.configuration_manager.configuration)
     configuration.pop("inherits_from", None)
     configuration["architecture"] = copy.deepcopy(teacher.configuration["architecture"])
+    if any(heads):
+        configuration["architecture"] = multitask_architecture(configuration["architecture"], *heads)
     multiple = np.prod(np.vstack(teacher.pool_op_kernel_sizes), axis=0)
     configuration["patch_size"] = [
         math.ceil(size / step) * int(step) for size, step in zip(configuration["patch_size"], multiple, strict=True)
@@ -275,7 +293,7 @@ def _head_dataset_json(joint: JointDataset, member: Member, cascaded: bool) -> d
     """The member's dataset.json with the labels of its head."""
     entry = joint.members[member.name]
     dataset_json = without_block(member.dataset_json)
-    if entry.label_map is None:
+    if entry.label_map is None or entry.head is None:
         return dataset_json
     if cascaded:
         raise NotImplementedError(

@@ -35,7 +35,7 @@ def build_predictor(
     Raises:
         NnUNetKDError: As :func:`initialize_predictor`, or the model does not predict a task.
     """
-    if has_heads(model):
+    if has_heads(model, head, member):
         from nnunet_kd.inference.task_predictor import TaskPredictor  # needs MONAI, which takes a second to import
 
         predictor = TaskPredictor(box_merging=box_merging, **options)
@@ -50,11 +50,18 @@ def build_predictor(
     return stock
 
 
-def has_heads(model: TrainedModel) -> bool:
-    """Whether the plans of a model of one dataset have heads for classification or detection."""
+def has_heads(model: TrainedModel, head: str | None = None, member: str | None = None) -> bool:
+    """Whether a model, of a joint teacher the chosen member, has heads for classification or detection.
+
+    A shared head, asked for by its name, speaks for no member, so it has none.
+    """
+    if model.joint is not None:
+        chosen = choose_member(model.joint, head, member)
+        own = [heads.get(chosen, {}) for heads in model.joint.task_heads.values()]
+        return in_own_labels(model.joint, head) and any(any(settings.values()) for settings in own)
     configurations = model.plans["configurations"].values()
     architectures = [own["architecture"] for own in configurations if "architecture" in own]
-    return model.joint is None and any(planned_heads(own) is not None for own in architectures)
+    return any(planned_heads(own) is not None for own in architectures)
 
 
 def initialize_predictor(
@@ -80,7 +87,8 @@ def initialize_predictor(
         names = {file.name for file in model.files.values()}
         predictor.initialize_from_trained_model_folder(str(model.folder), tuple(model.files), names.pop())
         return
-    plain = plain_member_model(model, choose_member(joint, head, member), in_own_labels(joint, head))
+    own_labels = in_own_labels(joint, head)
+    plain = plain_member_model(model, choose_member(joint, head, member), own_labels, task_heads=own_labels)
     predictor.manual_initialization(
         plain.build_network(),
         plain.plans_manager,

@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from nnunet_kd.errors import SettingsError
+from nnunet_kd.losses.boxes import BoxClassLoss, BoxRegressionLoss
 from nnunet_kd.losses.channel_wise import ChannelWiseFeatureLoss, ChannelWiseLogitsLoss
 from nnunet_kd.losses.class_masked import ClassMaskedLoss
 from nnunet_kd.losses.features import AttentionLoss, CosineLoss, MeanSquaredErrorLoss
+from nnunet_kd.losses.imitation import ImitationLoss
 from nnunet_kd.losses.logits import CorrelationLoss, DecoupledLoss, KullbackLeiblerLoss
 from nnunet_kd.losses.relations import AffinityLoss, IntraClassLoss
 from nnunet_kd.losses.wavelet import WaveletDetailLoss
@@ -33,6 +35,18 @@ LOSSES: dict[str, dict[str, type[nn.Module]]] = {
         "wavelet": WaveletDetailLoss,
         "affinity": AffinityLoss,
         "intra_class": IntraClassLoss,
+    },
+    # [B, C, 1, 1]: the logits of an image (kl, dkd) or its pooled features (cosine)
+    "classification": {
+        "kl": KullbackLeiblerLoss,
+        "dkd": DecoupledLoss,
+        "cosine": CosineLoss,
+    },
+    # each has a signature of its own, see its class
+    "boxes": {
+        "kl": BoxClassLoss,
+        "giou": BoxRegressionLoss,
+        "imitation": ImitationLoss,
     },
 }
 

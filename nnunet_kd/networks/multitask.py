@@ -29,7 +29,9 @@ from nnunet_kd.tasks.classification import ClassificationHead, Pooled
 from nnunet_kd.tasks.detection_head import BoxMaps, DetectionHead
 from nnunet_kd.tasks.detection_plan import DetectionPlan
 
+Heads = tuple[dict[str, Any] | None, dict[str, Any] | None]  # settings for classification and detection
 HEADS = "heads."  # weights under this prefix are ours, all others the stock network's
+MEMBER_HEADS = "task_heads."  # the same in a joint network, followed by the member
 NETWORK_CLASS = "nnunet_kd.networks.multitask.MultiTaskUNet"
 NUM_POOLED_STAGES = 4
 _ADDED = ("backbone", "classification", "detection")
@@ -185,14 +187,12 @@ class MultiTaskUNet(nn.Module):
             segmentation: False leaves the decoder out where nothing else needs it (about half of the time).
         """
         stages = tuple(self.tapped_stages if stages is None else stages)
-        wanted = (*self.heads.stages, *stages)
-        decode = segmentation or any(stage.part == "decoder" for stage in wanted)
-        skips, decoded = encode_and_decode(self, image, decode)
-        outputs = segment(self, decoded) if segmentation else []
-        features = select_features(wanted, skips, decoded)
-        own = len(self.heads.stages)
-        heads: TaskOutputs = self.heads(features[:own])
-        return heads._replace(segmentation=outputs, features=features[own:])
+        return forward_tasks(self, image, self.heads, stages, segmentation)
+
+    @property
+    def speaking_heads(self) -> TaskHeads:
+        """The heads of the dataset; a joint network has several and lets one speak."""
+        return self.heads
 
     def train_tasks(self, segments: bool) -> None:
         """From now on give all tasks while training, and freeze what they do not use (DDP waits for all others).
@@ -204,8 +204,10 @@ class MultiTaskUNet(nn.Module):
         if segments:
             return
         self.decoder.seg_layers.requires_grad_(False)
-        if all(stage.part == "encoder" for stage in (*self.heads.stages, *self.tapped_stages)):
-            self.decoder.requires_grad_(False)
+        wanted = (*self.heads.stages, *self.tapped_stages)
+        finest = max((stage.index for stage in wanted if stage.part == "decoder"), default=-1)
+        for part in (self.decoder.stages, self.decoder.transpconvs):  # the decoder itself holds the encoder too
+            part[finest + 1 :].requires_grad_(False)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """nnU-Net's measure of memory: values in all feature maps of one patch of ``input_size``, heads included."""
@@ -218,6 +220,41 @@ class MultiTaskUNet(nn.Module):
         self._initialize_backbone(module)
         if isinstance(module, TaskHeads):
             module.reset_parameters()
+
+
+def forward_tasks(
+    network: UNet,
+    image: Tensor,
+    heads: TaskHeads | None,
+    stages: Sequence[Stage] = (),
+    segmentation: bool = True,
+    channels: slice | None = None,
+) -> TaskOutputs:
+    """One pass of encoder and decoder for everything that is wanted.
+
+    Args:
+        network: A U-Net with nnU-Net's encoder and decoder.
+        image: [B, C, *S], S a multiple of the strides.
+        heads: Of the tasks; None leaves them out.
+        stages: Whose features are wanted too.
+        segmentation: False leaves the decoder out where nothing else needs it.
+        channels: Slice of the segmentation's output channels; None computes all.
+    """
+    own = () if heads is None else heads.stages
+    wanted = (*own, *stages)
+    decode = segmentation or any(stage.part == "decoder" for stage in wanted)
+    skips, decoded = encode_and_decode(network, image, decode)
+    outputs = segment(network, decoded, channels) if segmentation else []
+    features = select_features(wanted, skips, decoded)
+    found = TaskOutputs([], []) if heads is None else heads(features[: len(own)])
+    return found._replace(segmentation=outputs, features=features[len(own) :])
+
+
+def unwrapped(network: Any) -> Any:
+    """The network without DDP and ``torch.compile`` wrappers."""
+    for wrapper in ("module", "_orig_mod"):
+        network = getattr(network, wrapper, network)
+    return network
 
 
 def multitask_architecture(
@@ -251,7 +288,7 @@ def stock_architecture(architecture: Mapping[str, Any]) -> dict[str, Any]:
     return stock
 
 
-def planned_heads(architecture: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None] | None:
+def planned_heads(architecture: Mapping[str, Any]) -> Heads | None:
     """Return (classification, detection) as a plans' ``architecture`` block sets them; None for a stock network."""
     if architecture["network_class_name"] != NETWORK_CLASS:
         return None
@@ -261,7 +298,7 @@ def planned_heads(architecture: Mapping[str, Any]) -> tuple[dict[str, Any] | Non
 
 def stock_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of the stock network alone."""
-    return {key: value for key, value in state_dict.items() if not key.startswith(HEADS)}
+    return {key: value for key, value in state_dict.items() if not key.startswith((HEADS, MEMBER_HEADS))}
 
 
 def _classification_options(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,17 @@ from torch import Tensor, nn
 
 from nnunet_kd.data.joint import JointDataset
 from nnunet_kd.data.splits import fold_cases
+from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import LabelSpaceError, LeakageError, TeacherError
-from nnunet_kd.networks.joint import JointUNet, Route, crop, crop_features, pad_to_multiple
-from nnunet_kd.networks.taps import Stage, encoder_strides, find_stage, forward_unet
+from nnunet_kd.networks.joint import JointUNet, Route
+from nnunet_kd.networks.multitask import Heads, planned_heads
+from nnunet_kd.networks.taps import Stage, find_stage
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.settings import Teacher as TeacherSettings
 from nnunet_kd.spaces.channels import channel_names
-from nnunet_kd.spaces.labels import LabelSpace, match_label_spaces
+from nnunet_kd.spaces.labels import LabelMap, LabelSpace, match_label_spaces
+from nnunet_kd.tasks.detection_head import BoxMaps
+from nnunet_kd.tasks.detection_plan import DetectionPlan
 from nnunet_kd.teachers.checkpoint import (
     check_joint_plans,
     checkpoint_file,
@@ -32,17 +35,16 @@ from nnunet_kd.teachers.checkpoint import (
     model_folder,
     read_model_json,
 )
+from nnunet_kd.teachers.forward import TeacherForward, drop_detection, speaking_heads
 from nnunet_kd.teachers.geometry import ChannelMap, InputMap, input_map
-from nnunet_kd.teachers.output import TeacherOutput
-
-TEACHING = "teaching"  # the route of a student through a joint network
-NUM_TIMINGS = 3  # the fastest counts, because machines are noisy
-MAX_BF16_DISAGREEMENT = 0.01  # share of voxels whose most likely class may differ from float32
+from nnunet_kd.teachers.heads import match_classification, match_detection
+from nnunet_kd.teachers.output import Taught, TeacherOutput, task_names
+from nnunet_kd.teachers.precision import choose_bf16, cpu_has_bf16
 
 
 @dataclass(frozen=True)
 class Student:
-    """What a teacher must know of its student."""
+    """What a teacher must know of its student. ``tasks``: those that its network learns."""
 
     dataset: str
     plans_manager: PlansManager
@@ -50,6 +52,8 @@ class Student:
     dataset_json: dict[str, Any]
     channel_names: tuple[str, ...]
     fold: int | str
+    tasks: Tasks
+    detection_plan: DetectionPlan | None
 
     @property
     def label_space(self) -> LabelSpace:
@@ -63,11 +67,28 @@ class Student:
         return total - len(self.channel_names)
 
 
+@dataclass(frozen=True)
+class Voice:
+    """What a model has to say to its student, and how it wants to be asked.
+
+    ``label_space``: of its segmentation; None without. ``tasks``, ``heads``: its classification targets and boxes, and
+    the settings of their heads.
+    """
+
+    input_map: InputMap
+    label_space: LabelSpace | None
+    tasks: Tasks
+    heads: Heads
+
+
 class NNUNetTeacher:
-    """A frozen nnU-Net that turns a student's batch into logits and features.
+    """A frozen nnU-Net that turns a student's batch into logits, features, classes and boxes.
 
     Construction reads plans only and finds every mismatch; :meth:`load` reads the weights. It is no nn.Module, so it
     can end up neither in the student's checkpoint nor in its DDP wrapper.
+
+    ``taught`` names the student's tasks that it can teach, ``refusals`` says of each other one why not. Features it can
+    always teach.
 
     Args:
         name: Its name in the settings, for messages.
@@ -92,16 +113,15 @@ class NNUNetTeacher:
         self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
         self.joint = JointDataset.from_plans(self.plans) if "members" in self.plans.get(BLOCK, {}) else None
         self.route: Route | None = None
-        if self.joint is None:
-            label_space, self.input_map = self._single_dataset()
-        else:
-            label_space, self.input_map = self._joint_head(self.joint)
-        try:
-            self.student_map, self.teacher_map = match_label_spaces(
-                student.label_space, label_space, self.settings.labels
-            )
-        except LabelSpaceError as error:
-            raise LabelSpaceError(f"Teacher '{name}' in {self.folder}: {error}") from error
+        self.member = ""  # of a joint teacher, the one whose heads for classes and boxes speak
+        voice = self._single_dataset() if self.joint is None else self._joint_head(self.joint)
+        self.input_map = voice.input_map
+        self.refusals: dict[str, str] = {}
+        self.teacher_map: LabelMap | None = None
+        self.class_orders: dict[str, tuple[int, ...]] = {}
+        student_map = self._match_segmentation(voice)
+        self._match_heads(voice)
+        self.taught = Taught(tuple(t for t in task_names(student.tasks) if t not in self.refusals), student_map)
         self.networks: list[Any] = []
         self.stages: dict[str, Stage] = {}
         self.training_cases: dict[str, set[str]] = {}
@@ -132,7 +152,37 @@ class NNUNetTeacher:
             )
         return checkpoint["trainer_name"], configuration
 
-    def _single_dataset(self) -> tuple[LabelSpace, InputMap]:
+    def _match_segmentation(self, voice: Voice) -> LabelMap | None:
+        """Set the teacher's label map and return the student's."""
+        if not self.student.tasks.segmentation:
+            return None  # its labels are stand-ins
+        own = self.student.label_space
+        if voice.label_space is None:
+            self.refusals["segmentation"] = self._refusal("segmentation", "It has learned none.")
+            return match_label_spaces(own, own)[0]
+        try:
+            student_map, self.teacher_map = match_label_spaces(own, voice.label_space, self.settings.labels)
+        except LabelSpaceError as error:
+            raise LabelSpaceError(f"Teacher '{self.name}' in {self.folder}: {error}") from error
+        return student_map
+
+    def _match_heads(self, voice: Voice) -> None:
+        student = self.student
+        detection = None if voice.heads[1] is None else DetectionPlan.from_dict(voice.heads[1])
+        try:
+            self.class_orders = match_classification(student.tasks.classification, voice.tasks.classification)
+        except TeacherError as error:
+            self.refusals["classification"] = self._refusal("classification", str(error))
+        try:
+            if student.detection_plan is not None:
+                match_detection(student.detection_plan, detection, self.input_map.zoom)
+        except TeacherError as error:
+            self.refusals["detection"] = self._refusal("detection", str(error))
+
+    def _refusal(self, task: str, reason: str) -> str:
+        return f"Teacher '{self.name}' in {self.folder} cannot teach {self.student.dataset} {task}. {reason}"
+
+    def _single_dataset(self) -> Voice:
         if self.settings.head is not None:
             raise TeacherError(
                 f"Teacher '{self.name}' names the head '{self.settings.head}', but {self.folder} is not a joint "
@@ -145,11 +195,15 @@ class NNUNetTeacher:
             )
         names = channel_names(self.dataset_json)
         mapping = self._input_map(self.plans_manager, self.configuration_manager, names)
-        return LabelSpace.from_dataset_json(self.dataset_json), mapping
+        heads = planned_heads(self.configuration_manager.configuration["architecture"]) or (None, None)
+        tasks = Tasks.from_dataset_json(self.dataset_json).with_heads(*heads)
+        space = LabelSpace.from_dataset_json(self.dataset_json) if tasks.segmentation else None
+        return Voice(mapping, space, tasks, heads)
 
-    def _joint_head(self, joint: JointDataset) -> tuple[LabelSpace, InputMap]:
+    def _joint_head(self, joint: JointDataset) -> Voice:
         dataset = self.student.dataset
         wanted = self.settings.head or dataset
+        head_name: str | None
         if wanted in joint.heads:
             head_name = wanted
         elif wanted in joint.members:
@@ -159,7 +213,9 @@ class NNUNetTeacher:
                 f"Teacher '{self.name}' in {self.folder} has no head '{wanted}'. Its heads: "
                 f"{', '.join(joint.heads)}; its members: {', '.join(joint.members)}. Name one with 'head'."
             )
-        speaker = dataset if dataset in joint.members else self._member_of_head(joint, head_name)
+        named = wanted if wanted in joint.members else self._member_of_head(joint, head_name)
+        speaker = dataset if dataset in joint.members else named
+        self.member = wanted if wanted in joint.members else speaker
         routes = joint.routes(cascaded=self.configuration_manager.previous_stage_name is not None)
         out = next(routes[m] for m, entry in joint.members.items() if entry.head == head_name)
         self.route = Route(routes[speaker].channels, out.start, out.stop)
@@ -177,13 +233,15 @@ class NNUNetTeacher:
             first = len(self.student.channel_names)
             extra = tuple(ChannelMap(first + index) for index in range(added))
             mapping = replace(mapping, channels=mapping.channels + extra)
-        space = joint.heads[head_name].label_space
+        space = None if head_name is None else joint.heads[head_name].label_space
         own_map = joint.members[dataset].label_map if dataset in joint.members else None
         if own_map is not None and head_name == joint.members[dataset].head and self.settings.labels is None:
             self.settings = replace(self.settings, labels=own_map)
-        return space, mapping
+        configuration = self.configuration_name
+        heads = joint.member_heads(self.member, configuration)
+        return Voice(mapping, space, joint.member_tasks(self.member, configuration), heads)
 
-    def _member_of_head(self, joint: JointDataset, head: str) -> str:
+    def _member_of_head(self, joint: JointDataset, head: str | None) -> str:
         return next(name for name, entry in joint.members.items() if entry.head == head)
 
     def _input_map(
@@ -225,8 +283,8 @@ class NNUNetTeacher:
                 enable_deep_supervision=False,
             )
         if isinstance(network, JointUNet) and self.route is not None:
-            network.routes[TEACHING] = self.route
-            network.select(TEACHING)
+            network.routes[self.member] = self.route  # another member's channels may enter where its heads speak
+            network.select(self.member)
         return network.eval().requires_grad_(False)
 
     def find_stages(self, levels: Sequence[str], network: nn.Module | None = None) -> dict[str, Stage]:
@@ -235,13 +293,19 @@ class NNUNetTeacher:
         return {level: find_stage(network, level) for level in levels}
 
     def load(
-        self, device: torch.device, levels: Sequence[str], compile_network: bool, validation_cases: Sequence[str]
+        self,
+        device: torch.device,
+        levels: Sequence[str],
+        tasks: Collection[str],
+        compile_network: bool,
+        validation_cases: Sequence[str],
     ) -> None:
         """Read the weights of every fold to ``device`` and refuse leakage.
 
         Args:
             device: Where to teach.
             levels: Levels whose features are wanted.
+            tasks: All tasks that will ever be wanted.
             compile_network: Whether to compile the forward pass.
             validation_cases: Cases of the student's dataset that no fold may have seen.
 
@@ -263,10 +327,13 @@ class NNUNetTeacher:
                     f"{str(error).splitlines()[0]}"
                 ) from error
             self.stages = self.find_stages(levels, network) if levels else {}
-            forward = _TeacherForward(network, list(self.stages.values())).to(device)
+            heads = speaking_heads(network)
+            if heads is not None and "detection" not in tasks:
+                drop_detection(heads)
+            forward = TeacherForward(network, list(self.stages.values())).to(device)
             self.networks.append(torch.compile(forward) if compile_network else forward)
         if self.settings.precision == "auto" and device.type == "cpu":
-            self._bf16_undecided = _cpu_has_bf16()
+            self._bf16_undecided = cpu_has_bf16()
 
     def _check_leakage(self, file: Path, checkpoint: dict[str, Any], validation_cases: set[str]) -> None:
         training_cases = self._training_cases(file, checkpoint)
@@ -295,29 +362,36 @@ class NNUNetTeacher:
     # ---- teaching ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def __call__(self, image: Tensor, want_logits: bool = True) -> TeacherOutput:
+    def __call__(self, image: Tensor, tasks: Collection[str]) -> TeacherOutput:
         """Teach one batch.
 
         Args:
             image: The student's batch [B, C, *S] on the teacher's device.
-            want_logits: False leaves the logits out.
+            tasks: What is wanted besides the features, of ``taught.tasks``.
 
         Returns:
-            Logits on the student's grid in the common label space, averaged over folds; features of the first fold.
+            Logits and boxes averaged over folds, on the student's grid and in its order; features of the first fold.
         """
         if self._bf16_undecided:
-            self._decide_bf16(image)
+            self._decide_bf16(image, tasks)
         prepared = self.input_map(image)
+        heads = "classification" in tasks or "detection" in tasks
         with torch.autocast(image.device.type, dtype=self._autocast_dtype(image), enabled=self._autocast(image)):
-            results = [network(prepared) for network in self.networks]
-        features = dict(zip(self.stages, results[0][1], strict=True))
-        if not want_logits:
-            return TeacherOutput(None, features)
-        logits = results[0][0].float()
-        for other, _ in results[1:]:
-            logits = logits + other.float()
-        logits = self.input_map.restore(logits / len(results) if len(results) > 1 else logits, image.shape[2:])
-        return TeacherOutput(self.teacher_map(logits), features)
+            results = [network(prepared, "segmentation" in tasks, heads) for network in self.networks]
+        output = TeacherOutput(features=dict(zip(self.stages, results[0].features, strict=True)))
+        if "segmentation" in tasks:
+            assert self.teacher_map is not None  # else it would not be taught
+            logits = _mean([result.segmentation[0] for result in results])
+            output.logits = self.teacher_map(self.input_map.restore(logits, image.shape[2:]))
+        if "classification" in tasks:
+            for target, order in self.class_orders.items():
+                logits = _mean([result.classification[target] for result in results])
+                output.classification[target] = logits[:, list(order)]
+            output.pooled = torch.cat(results[0].pooled.values, 1)
+        if "detection" in tasks:
+            maps = zip(*(result.detection for result in results), strict=True)
+            output.boxes = BoxMaps(*(tuple(_mean(level) for level in zip(*part, strict=True)) for part in maps))
+        return output
 
     def _autocast(self, image: Tensor) -> bool:
         return image.device.type == "cuda" or self._use_bf16
@@ -325,46 +399,27 @@ class NNUNetTeacher:
     def _autocast_dtype(self, image: Tensor) -> torch.dtype:
         return torch.float16 if image.device.type == "cuda" else torch.bfloat16
 
-    def _decide_bf16(self, image: Tensor) -> None:
+    def _decide_bf16(self, image: Tensor, tasks: Collection[str]) -> None:
         """Use bfloat16 on the CPU if its outputs are close to float32's on this batch and it is faster."""
         self._bf16_undecided = False
-        seconds, predictions = [], []
-        for use in (False, True):
-            self._use_bf16 = use
-            self(image)  # warm up: the first call packs weights
-            times = []
-            for _ in range(NUM_TIMINGS):
-                start = time.perf_counter()
-                logits = self(image).logits
-                times.append(time.perf_counter() - start)
-            seconds.append(min(times))
-            assert logits is not None
-            predictions.append(logits > 0 if self.teacher_map.target.regions else logits.argmax(1))
-        disagreement = (predictions[0] != predictions[1]).float().mean().item()
-        self._use_bf16 = disagreement <= MAX_BF16_DISAGREEMENT and seconds[1] < seconds[0]
-        self.precision_note = (
-            f"teacher '{self.name}': {'bfloat16' if self._use_bf16 else 'float32'} on this CPU (bfloat16 differs on "
-            f"{disagreement:.2%} of voxels, {seconds[1]:.3f} s against {seconds[0]:.3f} s per batch)"
-        )
+        # where there is a segmentation it is what decides
+        judged = tasks if self.teacher_map is None else {"segmentation"}
+
+        def teach(use_bf16: bool) -> TeacherOutput:
+            self._use_bf16 = use_bf16
+            return self(image, judged)
+
+        regions = self.teacher_map is not None and self.teacher_map.target.regions
+        self._use_bf16, reason = choose_bf16(teach, regions)
+        self.precision_note = f"teacher '{self.name}': {reason}"
 
 
-class _TeacherForward(nn.Module):
-    """One compilable forward: padded image -> (full-resolution logits, features)."""
-
-    def __init__(self, network: nn.Module, stages: list[Stage]) -> None:
-        super().__init__()
-        self.network = network
-        self.stages = stages
-
-    def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        if isinstance(self.network, JointUNet):
-            outputs, features = self.network.run(image, self.stages)
-            return outputs[0], features
-        if not hasattr(self.network, "encoder") or not hasattr(self.network.decoder, "transpconvs"):
-            return self.network(image), []
-        padded = pad_to_multiple(image, encoder_strides(self.network)[-1])
-        outputs, features = forward_unet(self.network, padded, self.stages)
-        return crop(outputs[0], image.shape[2:]), crop_features(features, self.stages, image.shape[2:])
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    """Mean over folds in float32."""
+    total = parts[0].float()
+    for other in parts[1:]:
+        total = total + other.float()
+    return total / len(parts) if len(parts) > 1 else total
 
 
 def _training_cases_of_fold(splits_file: Path, fold: int | str) -> set[str]:
@@ -374,7 +429,3 @@ def _training_cases_of_fold(splits_file: Path, fold: int | str) -> set[str]:
     splits = json.loads(splits_file.read_text())
     identifiers = sorted({case for split in splits for side in split.values() for case in side})
     return set(fold_cases(splits, fold, identifiers)[0])
-
-
-def _cpu_has_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

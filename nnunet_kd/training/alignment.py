@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from nnunet_kd.networks.multitask import TaskOutputs
+
 
 class _ReverseGradient(torch.autograd.Function):
     @staticmethod
@@ -67,10 +69,15 @@ class AlignedLoss(nn.Module):
         self.progress = 0.0
 
     def forward(self, output: Any, target: Any) -> Tensor:
-        """``output`` is the network's: outputs alone (validation), or outputs and [bottleneck] (training)."""
-        if not (isinstance(output, tuple) and isinstance(output[1], list)):
-            return self.supervised(output, target)
-        outputs, (bottleneck,) = output
+        """``output`` is the network's: with [bottleneck] (training), or without (validation)."""
+        outputs, features = output, []
+        if isinstance(output, TaskOutputs):
+            features = output.features
+        elif isinstance(output, tuple) and isinstance(output[1], list):
+            outputs, features = output
+        if not features:
+            return self.supervised(outputs, target)
+        (bottleneck,) = features
         logits = self._classifier[0](bottleneck, reversal_factor(self.progress))
         labels = torch.full((len(bottleneck),), self.member_index, device=logits.device)
         return self.supervised(outputs, target) + self.weight * cross_entropy(logits, labels)

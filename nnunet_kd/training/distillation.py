@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunet_kd.data.tasks import ClassificationTarget
 from nnunet_kd.errors import SettingsError
 from nnunet_kd.losses import build_loss
 from nnunet_kd.losses.deep_supervision import deep_supervision_loss
@@ -17,8 +18,18 @@ from nnunet_kd.losses.schedules import schedule_weight
 from nnunet_kd.networks.multitask import TaskOutputs
 from nnunet_kd.settings import Guard, Settings, Term
 from nnunet_kd.spaces.labels import LabelMap
-from nnunet_kd.teachers.output import TeacherOutput
-from nnunet_kd.training.guard import Competence
+from nnunet_kd.teachers.output import Taught, TeacherOutput
+from nnunet_kd.training.guard import (
+    COMPETENCE,
+    ClassificationCompetence,
+    Competence,
+    DetectionCompetence,
+    SegmentationCompetence,
+)
+from nnunet_kd.training.task_terms import ClassLogitsLoss, as_map, box_class_term, box_regression_term
+from nnunet_kd.training.terms import asked_task, is_imitation, is_pooled, judging_task
+
+POOLED = "pooled"  # stands for a level where projectors are named
 
 
 @dataclass
@@ -36,12 +47,16 @@ class BuiltTerm:
         return self.settings.weight * factor
 
 
-def build_terms(settings: Settings, regions_of_teacher: Mapping[str, bool]) -> list[BuiltTerm]:
+def build_terms(
+    settings: Settings, regions_of_teacher: Mapping[str, bool], targets: Sequence[ClassificationTarget] = ()
+) -> list[BuiltTerm]:
     """Build every term of the settings.
 
     Args:
         settings: Validated settings.
-        regions_of_teacher: Whether student and teacher are compared in regions (sigmoid), per teacher.
+        regions_of_teacher: Whether student and teacher are compared in regions (sigmoid), per teacher with terms on
+            logits.
+        targets: What the student classifies.
 
     Raises:
         SettingsError: An unknown loss or option; names the term.
@@ -54,7 +69,10 @@ def build_terms(settings: Settings, regions_of_teacher: Mapping[str, bool]) -> l
         if term.on == "logits":
             options["nonlinearity"] = "sigmoid" if regions_of_teacher[term.teacher] else "softmax"
         try:
-            loss = build_loss(term.on, term.loss, **options)
+            if term.on == "classification" and not is_pooled(term):
+                loss: nn.Module = ClassLogitsLoss(term.loss, targets, **options)
+            else:
+                loss = build_loss(term.on, term.loss, **options)
         except SettingsError as error:
             raise SettingsError(f"terms[{index}]: {error}") from error
         kind = (term.teacher, term.on, term.loss)
@@ -71,10 +89,11 @@ class DistillationLoss(nn.Module):
     afterwards; without them (validation) only the supervised loss is computed.
 
     Args:
-        supervised: Stock nnU-Net's loss, with deep supervision if it is on.
+        supervised: Stock nnU-Net's loss, with deep supervision if it is on; :class:`TaskLoss` where the network gives
+            :class:`TaskOutputs`.
         level_weights: nnU-Net's deep supervision weights, highest resolution first; (1,) without deep supervision.
         terms: Built terms.
-        student_maps: Per teacher, the map from the student's label space to the common one.
+        taught: Per teacher, what it can teach.
         projectors: Projector name to module, see :func:`projector_name`.
         levels: Levels in the order of the tapped features.
         guard: What keeps a weak teacher from hurting.
@@ -85,67 +104,108 @@ class DistillationLoss(nn.Module):
         supervised: nn.Module,
         level_weights: Sequence[float],
         terms: Sequence[BuiltTerm],
-        student_maps: Mapping[str, LabelMap],
+        taught: Mapping[str, Taught],
         projectors: Mapping[str, nn.Module],
         levels: Sequence[str],
         guard: Guard,
     ) -> None:
         super().__init__()
-        self.supervised = supervised
+        self.supervised: Any = supervised
         self.level_weights = tuple(float(weight) for weight in level_weights)
         self.terms = tuple(terms)
-        self.student_maps = dict(student_maps)
+        self.taught = dict(taught)
         self._projectors = projectors
         self.levels = tuple(levels)
         self.guard = guard
-        self.competence = {name: Competence(label_map.target.num_channels) for name, label_map in student_maps.items()}
+        self.judges: dict[str, str | None] = {}  # term's name to the task by which the guard judges it
+        self.competence: dict[str, dict[str, Competence]] = {name: {} for name in taught}
+        for term in terms if guard.watches_dice else ():
+            teacher = term.settings.teacher
+            judge = self.judges[term.name] = judging_task(term.settings, taught[teacher].tasks)
+            if judge is not None and judge not in self.competence[teacher]:
+                self.competence[teacher][judge] = COMPETENCE[judge]()
         self.teacher_outputs: dict[str, TeacherOutput] = {}
         self.progress = 0.0
         self.logged: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def asked(self, progress: float | None = None) -> dict[str, set[str]]:
+        """Which tasks' outputs to ask of which teacher.
+
+        Args:
+            progress: Only for the terms that have a weight then; None means all terms.
+
+        Returns:
+            Teacher to tasks, which may be none: then features are enough.
+        """
+        asked: dict[str, set[str]] = {}
+        for term in self.terms:
+            if progress is None or term.weight(progress) != 0:
+                tasks = {asked_task(term.settings), self.judges.get(term.name)}
+                asked.setdefault(term.settings.teacher, set()).update(task for task in tasks if task is not None)
+        return asked
 
     def forward(self, output: Any, target: Any) -> Tensor:
         """``output`` is the network's: outputs alone, or while training also the tapped features or all tasks."""
         several = isinstance(target, (list, tuple))
         targets = list(target) if several else [target]
         if isinstance(output, TaskOutputs):
-            outputs, features = output.segmentation, output.features
+            student = output
             total: Tensor = self.supervised(output, target)
         else:
             found, features = output if _has_features(output) else (output, [])
-            outputs = list(found) if isinstance(found, (list, tuple)) else [found]
-            total = self.supervised(outputs if several else outputs[0], target)
+            student = TaskOutputs(list(found) if isinstance(found, (list, tuple)) else [found], features)
+            total = self.supervised(student.segmentation if several else student.segmentation[0], target)
         if not self.teacher_outputs:
             return total
-        tapped = dict(zip(self.levels, features, strict=True))
-        if self.guard.watches_dice:
-            self._update_competence(outputs[0], targets[0])
+        tapped = dict(zip(self.levels, student.features, strict=True))
+        self._update_competence(student, targets)
         for term in self.terms:
             weight: Tensor | float = term.weight(self.progress)
             if weight == 0:
                 continue
-            teacher = self.teacher_outputs[term.settings.teacher]
-            label_map = self.student_maps[term.settings.teacher]
-            if term.settings.on == "logits":
-                raw = self._logit_term(term, outputs, targets, teacher, label_map)
-            else:
-                raw = self._feature_term(term, tapped, targets[0], teacher, label_map)
-            if self.guard.watches_dice:
-                competence = self.competence[term.settings.teacher]
+            raw = self._compare(term, student, tapped, targets)
+            judge = self.judges.get(term.name)
+            if judge is not None:
+                competence = self.competence[term.settings.teacher][judge]
                 weight = weight * competence.factor(self.guard.margin, self.guard.exponent)
             scaled = weight * raw
             total = total + scaled
             self.logged[term.name] = (raw.detach(), scaled.detach())
         return total
 
-    def _logit_term(
-        self,
-        term: BuiltTerm,
-        outputs: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        teacher: TeacherOutput,
-        label_map: LabelMap,
+    def _compare(
+        self, term: BuiltTerm, student: TaskOutputs, tapped: Mapping[str, Tensor], targets: Sequence[Tensor]
     ) -> Tensor:
+        """The raw value of a term. All that it needs is there: terms are checked before training starts."""
+        name, on = term.settings.teacher, term.settings.on
+        teacher, tasks = self.teacher_outputs[name], self.supervised
+        value: Tensor
+        if on == "logits":
+            value = self._logit_term(term, student.segmentation, targets, teacher)
+        elif on == "features":
+            value = self._feature_term(term, tapped, targets[0], teacher)
+        elif is_pooled(term.settings):
+            assert student.pooled is not None
+            assert teacher.pooled is not None
+            projector = self._projectors[projector_name(name, POOLED)]
+            value = term.loss(*projector(as_map(torch.cat(student.pooled.values, 1)), as_map(teacher.pooled)))
+        elif on == "classification":
+            value = term.loss(student.classification, teacher.classification, tasks.class_labels)
+        elif is_imitation(term.settings):
+            value = self._imitation_term(term, tapped, targets[0].shape[2:], teacher)
+        else:
+            assert student.detection is not None
+            assert teacher.boxes is not None
+            compare = box_regression_term if term.settings.loss == "giou" else box_class_term
+            value = compare(term.loss, tasks.detection, student.detection, teacher.boxes)
+        return value
+
+    def _logit_term(
+        self, term: BuiltTerm, outputs: Sequence[Tensor], targets: Sequence[Tensor], teacher: TeacherOutput
+    ) -> Tensor:
+        label_map = self.taught[term.settings.teacher].label_map
         assert teacher.logits is not None
+        assert label_map is not None
         weights = self.level_weights if term.settings.deep_supervision else (1.0,)
         used = [level for level, weight in enumerate(weights) if weight != 0]
         pairs = [common_target(targets[level], label_map) for level in used]
@@ -159,24 +219,48 @@ class DistillationLoss(nn.Module):
         )
 
     def _feature_term(
-        self, term: BuiltTerm, tapped: Mapping[str, Tensor], target: Tensor, teacher: TeacherOutput, label_map: LabelMap
+        self, term: BuiltTerm, tapped: Mapping[str, Tensor], target: Tensor, teacher: TeacherOutput
     ) -> Tensor:
-        labels, valid = common_target(target, label_map)
-        losses = []
+        label_map = self.taught[term.settings.teacher].label_map
+        labels, valid = (None, None) if label_map is None else common_target(target, label_map)
+        pairs = self._projected(term, tapped, teacher)
+        return torch.stack([term.loss(own, other, target=labels, valid=valid) for own, other in pairs]).mean()
+
+    def _imitation_term(
+        self, term: BuiltTerm, tapped: Mapping[str, Tensor], patch_shape: Sequence[int], teacher: TeacherOutput
+    ) -> Tensor:
+        boxes = self.supervised.boxes
+        pairs = self._projected(term, tapped, teacher)
+        return torch.stack([term.loss(own, other, boxes, patch_shape) for own, other in pairs]).mean()
+
+    def _projected(
+        self, term: BuiltTerm, tapped: Mapping[str, Tensor], teacher: TeacherOutput
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features of student and teacher at each of the term's levels, of one width and grid."""
         for level in term.settings.levels:
             projector = self._projectors[projector_name(term.settings.teacher, level)]
-            student_feature, teacher_feature = projector(tapped[level], teacher.features[level])
-            losses.append(term.loss(student_feature, teacher_feature, target=labels, valid=valid))
-        return torch.stack(losses).mean()
+            yield projector(tapped[level], teacher.features[level])
 
-    def _update_competence(self, output: Tensor, target: Tensor) -> None:
+    def _update_competence(self, student: TaskOutputs, targets: Sequence[Tensor]) -> None:
         for name, teacher in self.teacher_outputs.items():
-            assert teacher.logits is not None  # the trainer asks for them where the guard watches the Dice
-            label_map = self.student_maps[name]
-            labels, valid = common_target(target, label_map)
-            self.competence[name].update(
-                label_map(output.detach()), teacher.logits, labels, valid, label_map.target.regions
-            )
+            for competence in self.competence[name].values():
+                if isinstance(competence, SegmentationCompetence) and teacher.logits is not None:
+                    label_map = self.taught[name].label_map
+                    assert label_map is not None
+                    labels, valid = common_target(targets[0], label_map)
+                    own = label_map(student.segmentation[0].detach())
+                    competence.update(own, teacher.logits, labels, valid, label_map.target.regions)
+                elif isinstance(competence, ClassificationCompetence) and teacher.classification:
+                    assert student.classification is not None
+                    tasks = self.supervised
+                    competence.update(
+                        student.classification, teacher.classification, tasks.class_labels, tasks.multilabel
+                    )
+                elif isinstance(competence, DetectionCompetence) and teacher.boxes is not None:
+                    assert student.detection is not None
+                    tasks = self.supervised
+                    own, other = (tasks.detection.flatten(maps)[0] for maps in (student.detection, teacher.boxes))
+                    competence.update(own, other, tasks.matches, tasks.box_labels)
 
 
 def common_target(target: Tensor, label_map: LabelMap) -> tuple[Tensor, Tensor | None]:

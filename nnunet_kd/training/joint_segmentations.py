@@ -24,6 +24,7 @@ def joint_label_table(joint: JointDataset, member: Member, joint_ignore: int | N
     For regions, a label stands for the region that nnU-Net paints with it (``regions_class_order``).
     """
     entry = joint.members[member.name]
+    assert entry.head is not None
     own = member.label_space
     offset = 1
     for name, head in joint.heads.items():

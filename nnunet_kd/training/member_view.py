@@ -7,6 +7,7 @@ from typing import Any
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
+from nnunet_kd.networks.multitask import TaskHeads, TaskOutputs, unwrapped
 from nnunet_kd.spaces.labels import LabelMap
 
 
@@ -27,9 +28,18 @@ class MemberView(nn.Module):
         """Under DDP nnU-Net looks for the decoder behind ``module``."""
         return self
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits [B, labels of the member, *S]."""
-        return self.label_map.expand(self.network(image), lower=True, axis=1)
+    @property
+    def speaking_heads(self) -> TaskHeads | None:
+        """The member's heads for classification and detection."""
+        return unwrapped(self.network).speaking_heads
+
+    def forward(self, image: Tensor, **wanted: bool) -> Any:
+        """Logits [B, labels of the member, *S], or :class:`TaskOutputs` with such logits."""
+        output = self.network(image, **wanted)
+        if not isinstance(output, TaskOutputs):
+            return self.label_map.expand(output, lower=True, axis=1)
+        expanded = [self.label_map.expand(logits, lower=True, axis=1) for logits in output.segmentation]
+        return output._replace(segmentation=expanded)
 
 
 def evaluation_labels(label_manager: LabelManager, label_map: LabelMap) -> Any:

@@ -7,6 +7,8 @@ Host behaviour relied on (nnunetv2 2.8): ``train_step`` calls ``self.network`` a
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,29 +16,35 @@ import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from nnunet_kd.errors import SettingsError
+from nnunet_kd.data.tasks import Tasks
+from nnunet_kd.errors import TeacherError
 from nnunet_kd.files import write_json
 from nnunet_kd.networks.adapters import Projector
-from nnunet_kd.networks.taps import find_stage, tap
+from nnunet_kd.networks.multitask import planned_heads
+from nnunet_kd.networks.taps import Stage, find_stage, tap
 from nnunet_kd.settings import (
     BLOCK,
     DESCRIPTION_KEYS,
     Settings,
+    Term,
     check_types,
     merge,
     read_user_settings,
     resolve_settings,
 )
 from nnunet_kd.spaces.channels import channel_names
-from nnunet_kd.spaces.labels import LabelMap
+from nnunet_kd.tasks.detection_plan import DetectionPlan
 from nnunet_kd.teachers.discover import discover_joint_teacher, is_wanted
+from nnunet_kd.teachers.forward import pooled_channels, speaking_heads
 from nnunet_kd.teachers.nnunet import NNUNetTeacher, Student
-from nnunet_kd.training.distillation import DistillationLoss, build_terms, projector_name
+from nnunet_kd.training.distillation import POOLED, DistillationLoss, build_terms, projector_name
 from nnunet_kd.training.progress import append_curves
 from nnunet_kd.training.task_loss import TaskLoss
 from nnunet_kd.training.task_trainer import TaskTrainer
+from nnunet_kd.training.terms import asked_task, default_terms, fit_terms, is_pooled
 
 SETTINGS_FILE = "nnunet_kd_settings.json"
 
@@ -45,31 +53,46 @@ class nnUNetTrainerKDStudent(TaskTrainer):
     """Student of multi-dataset cross-domain distillation (arXiv 2605.01563); terms and weights are our choice."""
 
     preset: ClassVar[dict[str, Any]] = {
-        "terms": [
-            {"on": "logits", "loss": "kl", "temperature": 4.0, "weight": 1.0},
-            {"on": "features", "loss": "mse", "levels": ["bottleneck", "decoder@1/2"], "weight": 15.0},
-        ],
+        "terms": default_terms(Tasks()),  # of a dataset with segmentations alone
         "guard": {"margin": 0.1, "exponent": 4.0},
     }
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature must be stock nnU-Net's)
+    ) -> None:
+        # The default terms depend on what the network learns.
+        architecture = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
+        classification, detection = planned_heads(architecture) or (None, None)
+        self.planned_tasks = Tasks.from_dataset_json(dataset_json).with_heads(classification, detection)
+        self.planned_boxes = None if detection is None else DetectionPlan.from_dict(detection)
+        super().__init__(plans, configuration, fold, dataset_json, device)
 
     # ---- settings ----
 
     def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
-        """Add the joint teacher that fits, if neither the plans nor the user name a teacher."""
+        """Add the joint teacher that fits, if neither the plans nor the user name a teacher, and the default terms."""
         block = {key: value for key, value in plans.get(BLOCK, {}).items() if key not in DESCRIPTION_KEYS}
         given = merge(block, read_user_settings())
         check_types(given)
         teachers = given.get("teachers", {})
-        preset = self.preset
-        if "terms" not in given and len(teachers) == 1:
+        self.has_default_terms = "terms" not in given
+        preset = {**self.preset, "terms": default_terms(self.planned_tasks)}
+        if self.has_default_terms and len(teachers) == 1:
             only = next(iter(teachers))
-            preset = {**preset, "terms": [{**term, "teacher": only} for term in preset.get("terms", [])]}
-        terms = given.get("terms", preset.get("terms", []))
+            preset["terms"] = [{**term, "teacher": only} for term in preset["terms"]]
+        terms = given.get("terms", preset["terms"])
         found: dict[str, Any] = {}
         needs_joint = any(term.get("teacher", "joint") == "joint" for term in terms)
         if needs_joint and not teachers.get("joint", {}).get("model"):
             found = self._find_teacher(plans, configuration, fold, given)
-        return resolve_settings(preset, found, given)
+        settings = resolve_settings(preset, found, given)
+        fitted = fit_terms(settings.terms, plans["dataset_name"], self.planned_tasks, self.planned_boxes)
+        return replace(settings, terms=fitted)
 
     def _find_teacher(self, plans: dict, configuration: str, fold: int | str, given: dict[str, Any]) -> dict[str, Any]:
         """The recorded teacher of this very training if there is one, else the joint teacher that fits."""
@@ -88,18 +111,14 @@ class nnUNetTrainerKDStudent(TaskTrainer):
 
     def initialize(self) -> None:
         """Find the teachers (plans only; weights are read when training starts), then initialise."""
-        self.levels = sorted({level for term in self.settings.terms for level in term.levels})
         if not hasattr(self, "projector_shapes"):  # else they come from the checkpoint that is being resumed
             self.teachers = self._make_teachers()
             self.projector_shapes: dict[str, tuple[int, int, int]] | None = None
+        self.levels = _levels(self.settings.terms)
         super().initialize()
-        if self.tasks is not None and not self.tasks.segmentation:
-            raise SettingsError(
-                f"{self.plans_manager.dataset_name} has no segmentations, and teachers teach nothing else so far. "
-                f"Train nnUNetTrainerKDControl, which learns its classes and boxes without a teacher."
-            )
 
     def _make_teachers(self) -> dict[str, NNUNetTeacher]:
+        """The teachers of all terms; default terms on tasks that they cannot teach are left out."""
         student = Student(
             self.plans_manager.dataset_name,
             self.plans_manager,
@@ -107,29 +126,59 @@ class nnUNetTrainerKDStudent(TaskTrainer):
             self.dataset_json,
             channel_names(self.dataset_json),
             self.fold,
+            self.planned_tasks,
+            self.planned_boxes,
         )
         used = {term.teacher for term in self.settings.terms if term.weight != 0}
-        return {
+        teachers = {
             name: NNUNetTeacher(name, settings, student)
             for name, settings in self.settings.teachers.items()
             if name in used
         }
+        refusals = {
+            index: teachers[term.teacher].refusals.get(asked_task(term) or "")
+            for index, term in enumerate(self.settings.terms)
+            if term.teacher in teachers
+        }
+        for index, refusal in refusals.items():
+            if refusal is not None and not self.has_default_terms:
+                raise TeacherError(f"'terms[{index}]': {refusal} Or remove the term.")
+        for refusal in dict.fromkeys(refusal for refusal in refusals.values() if refusal is not None):
+            self.print_to_log_file(f"{refusal} The default terms on it are left out.", add_timestamp=False)
+        kept = [term for index, term in enumerate(self.settings.terms) if refusals.get(index) is None]
+        self.settings = replace(self.settings, terms=kept)
+        return teachers
+
+    def _terms_of(self, teacher: str) -> list[Term]:
+        return [term for term in self.settings.terms if term.teacher == teacher]
 
     def build_auxiliary(self) -> nn.ModuleDict:
         """A projector per teacher and level; also taps the network."""
-        if not self.levels:
-            return nn.ModuleDict()
         network = self.unwrapped_network()
         stages = {level: find_stage(network, level) for level in self.levels}
-        tap(network, list(stages.values()))
+        if stages:
+            tap(network, list(stages.values()))
         if self.projector_shapes is None:
             self.projector_shapes = {}
-            for name, teacher in self.teachers.items():
-                own = sorted({level for t in self.settings.terms if t.teacher == name for level in t.levels})
-                for level, stage in teacher.find_stages(own).items():
-                    shape = (len(stage.stride), stages[level].channels, stage.channels)
-                    self.projector_shapes[projector_name(name, level)] = shape
+            for name in self.teachers:
+                self.projector_shapes.update(self._projector_shapes(name, stages))
         return nn.ModuleDict({name: Projector(*shape) for name, shape in self.projector_shapes.items()})
+
+    def _projector_shapes(self, name: str, stages: dict[str, Stage]) -> dict[str, tuple[int, int, int]]:
+        """Dimension, width of the student and of the teacher, for each projector of a teacher."""
+        terms = self._terms_of(name)
+        levels, needs_pooled = _levels(terms), any(is_pooled(term) for term in terms)
+        if not levels and not needs_pooled:
+            return {}
+        network = self.teachers[name].build_network()
+        shapes = {
+            projector_name(name, level): (len(stage.stride), stages[level].channels, stage.channels)
+            for level, stage in self.teachers[name].find_stages(levels, network).items()
+        }
+        if needs_pooled:
+            own, other = (pooled_channels(speaking_heads(net)) for net in (self.unwrapped_network(), network))
+            shapes[projector_name(name, POOLED)] = (2, own, other)
+        return shapes
 
     def on_train_start(self) -> None:
         """Read the teachers' weights, build the terms, then start as stock nnU-Net does."""
@@ -140,18 +189,21 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         training_cases, validation_cases = self.do_split()
         if self.fold == "all":
             validation_cases = []  # there are none that training leaves out
+        self.loss: Any = self._distillation_loss(self.loss)
+        asked = self.loss.asked()
         self.leaked_cases: dict[str, list[str]] = {}
         self.seen_cases = {self.plans_manager.dataset_name: set(training_cases)}
         for name, teacher in self.teachers.items():
-            levels = sorted({level for t in self.settings.terms if t.teacher == name for level in t.levels})
-            teacher.load(self.device, levels, self._do_i_compile(), validation_cases)
+            levels = _levels(self._terms_of(name))
+            teacher.load(self.device, levels, asked[name], self._do_i_compile(), validation_cases)
             for dataset, cases in teacher.training_cases.items():
                 self.seen_cases.setdefault(dataset, set()).update(cases)
             self.leaked_cases[name] = teacher.leaked_cases
             self._say_what_is_taught(name, teacher)
-        self.loss: Any = self._distillation_loss(self.loss)
-        for name, counts in getattr(self, "restored_competence", {}).items():
-            self.loss.competence[name].counts = None if counts is None else counts.to(self.device)
+        for name, restored in getattr(self, "restored_competence", {}).items():
+            for task, counts in restored.items():
+                if task in self.loss.competence.get(name, {}):
+                    self.loss.competence[name][task].counts = None if counts is None else counts.to(self.device)
         for term in self.loss.terms:
             for key in (term.name, f"{term.name} weighted"):
                 self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
@@ -167,11 +219,18 @@ class nnUNetTrainerKDStudent(TaskTrainer):
             write_json(file, {**content, BLOCK: {**content.get(BLOCK, {}), "accepted_leakage": leaked}})
 
     def _say_what_is_taught(self, name: str, teacher: NNUNetTeacher) -> None:
+        taught = [] if teacher.teacher_map is None else [f"classes {', '.join(teacher.teacher_map.target.names)}"]
+        taught += [task for task in teacher.taught.tasks if task != "segmentation"]
         self.print_to_log_file(
-            f"Teacher '{name}': {', '.join(str(file) for file in teacher.files)}, classes "
-            f"{', '.join(teacher.teacher_map.target.names)}",
+            f"Teacher '{name}': {', '.join(str(file) for file in teacher.files)}, {', '.join(taught) or 'features'}",
             add_timestamp=False,
         )
+        if self.settings.guard.watches_dice and not teacher.taught.tasks:
+            self.print_to_log_file(
+                f"The terms of teacher '{name}' are not guarded: it has no task in common with "
+                f"{self.plans_manager.dataset_name} by which both could be compared.",
+                add_timestamp=False,
+            )
         if teacher.leaked_cases:
             self.print_to_log_file(
                 f"WARNING: LEAKAGE ACCEPTED. Teacher '{name}' was trained on {len(teacher.leaked_cases)} validation "
@@ -180,14 +239,15 @@ class nnUNetTrainerKDStudent(TaskTrainer):
             )
 
     def _distillation_loss(self, supervised: nn.Module) -> DistillationLoss:
-        maps: dict[str, LabelMap] = {name: teacher.student_map for name, teacher in self.teachers.items()}
+        taught = {name: teacher.taught for name, teacher in self.teachers.items()}
         used = [term for term in self.settings.terms if term.teacher in self.teachers]
         settings = Settings(teachers=self.settings.teachers, terms=used)
         segmentation = supervised.segmentation if isinstance(supervised, TaskLoss) else supervised
         weights = segmentation.weight_factors if isinstance(segmentation, DeepSupervisionWrapper) else (1.0,)
-        terms = build_terms(settings, {name: label_map.target.regions for name, label_map in maps.items()})
+        regions = {name: own.label_map.target.regions for name, own in taught.items() if own.label_map is not None}
+        terms = build_terms(settings, regions, self.planned_tasks.classification)
         return DistillationLoss(
-            supervised, weights, terms, maps, self.wrapped_auxiliary, self.levels, self.settings.guard
+            supervised, weights, terms, taught, self.wrapped_auxiliary, self.levels, self.settings.guard
         ).to(self.device)
 
     @property
@@ -209,14 +269,9 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         loss: Any = self.loss
         loss.progress = (self.current_epoch + self.step_in_epoch / self.num_iterations_per_epoch) / self.num_epochs
         self.step_in_epoch += 1
-        active = [term.settings for term in loss.terms if term.weight(loss.progress) != 0]
-        if active:
+        for name, tasks in loss.asked(loss.progress).items():
             batch["data"] = batch["data"].to(self.device, non_blocking=True)
-            for name, teacher in self.teachers.items():
-                own = [term for term in active if term.teacher == name]
-                if own:
-                    logits = self.settings.guard.watches_dice or any(term.on == "logits" for term in own)
-                    loss.teacher_outputs[name] = teacher(batch["data"], want_logits=logits)
+            loss.teacher_outputs[name] = self.teachers[name](batch["data"], tasks)
         try:
             return super().train_step(batch)
         finally:
@@ -234,10 +289,13 @@ class nnUNetTrainerKDStudent(TaskTrainer):
             for key, value in zip((term.name, f"{term.name} weighted"), means, strict=True):
                 self.logger.log(key, value, self.current_epoch)
             self.print_to_log_file(f"{term.name}: {np.round(means[0], 4)}, weighted {np.round(means[1], 4)}")
-        for name, competence in self.loss.competence.items():
-            if competence.counts is not None:
-                own, other = (float(value) for value in competence.dice())
-                self.print_to_log_file(f"Dice on training batches: student {own:.4f}, teacher '{name}' {other:.4f}")
+        for name, competences in self.loss.competence.items():
+            for competence in competences.values():
+                if competence.counts is not None:
+                    own, other = (float(score) for score in competence.scores())
+                    self.print_to_log_file(
+                        f"{competence.measure} on training batches: student {own:.4f}, teacher '{name}' {other:.4f}"
+                    )
         if self.current_epoch == 0:
             for teacher in self.teachers.values():
                 if teacher.precision_note:
@@ -259,7 +317,10 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         extra["projector_shapes"] = {name: list(shape) for name, shape in (self.projector_shapes or {}).items()}
         if isinstance(self.loss, DistillationLoss):
             extra["training_cases"] = {dataset: sorted(cases) for dataset, cases in self.seen_cases.items()}
-            extra["competence"] = {name: value.counts for name, value in self.loss.competence.items()}
+            extra["competence"] = {
+                name: {task: competence.counts for task, competence in competences.items()}
+                for name, competences in self.loss.competence.items()
+            }
             extra["teachers"] = {
                 name: {"files": [str(file) for file in teacher.files], "leaked_cases": teacher.leaked_cases}
                 for name, teacher in self.teachers.items()
@@ -268,8 +329,19 @@ class nnUNetTrainerKDStudent(TaskTrainer):
 
     def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
         """Projectors are rebuilt from the checkpoint, so that validation needs no teacher."""
+        if self.has_default_terms:  # some may have been left out
+            recorded = extra.get("settings", {}).get("terms", [])
+            kept = [term for term in self.settings.terms if asdict(term) in recorded]
+            self.settings = replace(self.settings, terms=kept)
         super().load_checkpoint_extra(extra)
         shapes = extra.get("projector_shapes", {})
         self.projector_shapes = {name: (shape[0], shape[1], shape[2]) for name, shape in shapes.items()}
-        self.restored_competence = extra.get("competence", {})
+        self.restored_competence = {  # of segmentation alone in the checkpoints of earlier versions
+            name: value if isinstance(value, dict) else {"segmentation": value}
+            for name, value in extra.get("competence", {}).items()
+        }
         self.leaked_cases = {name: teacher["leaked_cases"] for name, teacher in extra.get("teachers", {}).items()}
+
+
+def _levels(terms: Sequence[Term]) -> list[str]:
+    return sorted({level for term in terms for level in term.levels})

@@ -43,6 +43,13 @@ class TaskLoss(nn.Module):
         self.class_labels: dict[str, Tensor] = {}
         self.boxes: Sequence[Tensor] = ()
         self.box_labels: Sequence[Tensor] = ()
+        self.matches: Sequence[Tensor] = ()  # of the last output, see DetectionTask.matches
+
+    @property
+    def multilabel(self) -> dict[str, bool]:
+        """Target's name to whether a case may have several of its classes."""
+        losses: Any = self.classification
+        return {name: loss.multilabel for name, loss in zip(self.targets, losses, strict=True)}
 
     def set_batch(self, batch: Mapping[str, Any], device: torch.device) -> None:
         """Take the labels of the next batch to the device."""
@@ -67,7 +74,8 @@ class TaskLoss(nn.Module):
             ]
             weighted.append(self.weights.classification * torch.stack(losses).mean())
         if output.detection is not None and self.detection is not None:
-            parts = self.detection.loss(output.detection, self.boxes, self.box_labels)
+            self.matches = self.detection.matches(output.detection, self.boxes)
+            parts = self.detection.loss(output.detection, self.boxes, self.box_labels, self.matches)
             weighted += [self.weights.detection * part for part in parts.values()]
         return torch.stack(weighted).sum()
 

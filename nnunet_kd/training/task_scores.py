@@ -77,6 +77,19 @@ class TaskScores:
             result["AP"] = scores.mean.ap_10
         return result
 
+    @staticmethod
+    def of_epoch(outputs: Sequence[Mapping[str, Any]], collected: Sequence[TaskScores]) -> dict[str, float]:
+        """All scores of a dataset; NaN where one is not defined.
+
+        Args:
+            outputs: Of nnU-Net's ``validation_step``; those of segmentations hold counts per class.
+            collected: Of every process; empty where segmentation is the only task.
+        """
+        dice = pseudo_dice(outputs)
+        known = [value for value in dice if not np.isnan(value)]
+        scores = {"Dice": float(np.mean(known)) if known else float("nan")} if dice else {}
+        return {**scores, **(TaskScores.joined(collected).values() if collected else {})}
+
     @classmethod
     def joined(cls, parts: Sequence[TaskScores]) -> TaskScores:
         """All that several processes collected."""
@@ -88,3 +101,20 @@ class TaskScores:
             joined.detections += part.detections
             joined.boxes += part.boxes
         return joined
+
+
+def pseudo_dice(outputs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Dice per class over all patches, NaN for a class that does not occur; empty without a segmentation."""
+    counted = [output for output in outputs if "tp_hard" in output]
+    if not counted:
+        return []
+    tp, fp, fn = (np.sum([output[key] for output in counted], 0) for key in ("tp_hard", "fp_hard", "fn_hard"))
+    with np.errstate(invalid="ignore"):
+        dice: list[float] = (2 * tp / (2 * tp + fp + fn)).tolist()
+    return dice
+
+
+def mean_score(scores: Mapping[str, float]) -> float:
+    """Mean of the scores that are defined; NaN if none is."""
+    known = [score for score in scores.values() if not np.isnan(score)]
+    return float(np.mean(known)) if known else float("nan")

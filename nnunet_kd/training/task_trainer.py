@@ -28,7 +28,7 @@ from nnunet_kd.tasks.detection_plan import DetectionPlan
 from nnunet_kd.training.base import KDTrainer
 from nnunet_kd.training.progress import append_curves
 from nnunet_kd.training.task_loss import TaskLoss
-from nnunet_kd.training.task_scores import TaskScores
+from nnunet_kd.training.task_scores import TaskScores, mean_score, pseudo_dice
 from nnunet_kd.training.task_validation import validate_tasks
 
 
@@ -40,6 +40,7 @@ class TaskTrainer(KDTrainer):
     def initialize(self) -> None:
         """Find out which tasks are trained, then initialise as stock nnU-Net does."""
         self.tasks: Tasks | None = None
+        self.detection_plan: DetectionPlan | None = None
         heads = planned_heads(self.configuration_manager.configuration["architecture"])
         declared = Tasks.from_dataset_json(self.dataset_json)
         if heads is None and not declared.segmentation:
@@ -54,8 +55,9 @@ class TaskTrainer(KDTrainer):
                 add_timestamp=False,
             )
         if heads is not None:
-            self.tasks = declared.with_heads(*(head is not None for head in heads))
-            self.detection_plan = None if heads[1] is None else DetectionPlan.from_dict(heads[1])
+            self.tasks = declared.with_heads(*heads)
+            if heads[1] is not None:
+                self.detection_plan = DetectionPlan.from_dict(heads[1])
         super().initialize()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
@@ -168,26 +170,23 @@ class TaskTrainer(KDTrainer):
         if self.tasks is None:
             super().on_validation_epoch_end(val_outputs)
             return
-        parts = [(val_outputs, self.task_scores)]
-        if self.is_ddp:
-            gathered: list[Any] = [None] * distributed.get_world_size()
-            distributed.all_gather_object(gathered, parts[0])
-            parts = gathered
+        parts = self.gathered((val_outputs, self.task_scores))
         outputs = [output for own, _ in parts for output in own]
-        scores = TaskScores.joined([own for _, own in parts]).values()
-        dice: list[float] = [float("nan")]
-        if self.tasks.segmentation:
-            tp, fp, fn = (np.sum([output[key] for output in outputs], 0) for key in ("tp_hard", "fp_hard", "fn_hard"))
-            with np.errstate(invalid="ignore"):
-                dice = (2 * tp / (2 * tp + fp + fn)).tolist()
-            scores = {"Dice": float(np.nanmean(dice)) if not np.isnan(dice).all() else float("nan"), **scores}
-        known = [score for score in scores.values() if not np.isnan(score)]
-        self.logger.log("mean_fg_dice", float(np.mean(known)) if known else 0.0, self.current_epoch)
-        self.logger.log("dice_per_class_or_region", dice, self.current_epoch)
+        scores = TaskScores.of_epoch(outputs, [own for _, own in parts])
+        self.logger.log("mean_fg_dice", float(np.nan_to_num(mean_score(scores))), self.current_epoch)
+        self.logger.log("dice_per_class_or_region", pseudo_dice(outputs) or [float("nan")], self.current_epoch)
         self.logger.log("val_losses", float(np.mean([output["loss"] for output in outputs])), self.current_epoch)
         for name in self._curves():
             self.logger.log(name, scores[name], self.current_epoch)
         self.print_to_log_file("Pseudo scores:", ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+    def gathered(self, own: Any) -> list[Any]:
+        """What every process has, in the order of their ranks."""
+        if not self.is_ddp:
+            return [own]
+        everything: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(everything, own)
+        return everything
 
     def on_epoch_end(self) -> None:
         """Stock epoch end; the tasks' scores are added to progress.png."""

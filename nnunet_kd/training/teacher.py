@@ -22,27 +22,32 @@ from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import distributed, nn
+from torch import nn
 
 from nnunet_kd.data.augmenters import augmenters
 from nnunet_kd.data.joint import JointDataset, changes
 from nnunet_kd.data.joint_network import build_joint_network
 from nnunet_kd.data.loader import JointLoader, MapLabelsTransform, PadToMultipleTransform, member_probabilities
 from nnunet_kd.data.member import Member, read_json
+from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.environment import environment, replaced
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
 from nnunet_kd.networks.joint import JointUNet
+from nnunet_kd.networks.multitask import multitask_architecture
 from nnunet_kd.networks.taps import find_stage
 from nnunet_kd.settings import BLOCK, Settings, read_user_settings, resolve_settings, without_terms
+from nnunet_kd.tasks.detection_plan import DetectionPlan
 from nnunet_kd.training.alignment import AlignedLoss, MemberClassifier
-from nnunet_kd.training.base import KDTrainer
 from nnunet_kd.training.joint_segmentations import write_joint_segmentations
 from nnunet_kd.training.member_view import MemberView, evaluation_labels
+from nnunet_kd.training.task_loss import TaskLoss
+from nnunet_kd.training.task_scores import TaskScores, mean_score, pseudo_dice
+from nnunet_kd.training.task_trainer import TaskTrainer
 
 
-class nnUNetTrainerKDTeacher(KDTrainer):
-    """Joint teacher over the members of a joint dataset (our design, architecture.md section 1)."""
+class nnUNetTrainerKDTeacher(TaskTrainer):
+    """Joint teacher over the members of a joint dataset and all of their tasks (our design)."""
 
     def __init__(
         self,
@@ -60,6 +65,10 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         self.preprocessed_dataset_folder = str(first.data_folder)  # stock initialize reads the dataset class there
         self.member: str | None = None
         self.steps: Counter[str] = Counter()
+        self.member_tasks: dict[str, Tasks | None] = {}
+        for name in self.members:
+            has_heads = any(self.joint.member_heads(name, configuration))
+            self.member_tasks[name] = self.joint.member_tasks(name, configuration) if has_heads else None
 
     def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
         """Check that the members are as planned, then resolve the settings; terms and teachers are for students."""
@@ -111,6 +120,7 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         network = self.unwrapped_network()
         assert isinstance(network, JointUNet)
         self.joint_network = network
+        network.uses_all_parameters = self.is_ddp and len(network.task_heads) > 0
         if self._do_i_compile():
             # Every member compiles a graph for its own patch. Otherwise the second member would make all later graphs
             # accept any size, which is slower, and the default limit (8) would send the others to eager mode.
@@ -140,12 +150,18 @@ class nnUNetTrainerKDTeacher(KDTrainer):
             self.num_val_iterations_per_epoch = max(training.num_val_iterations_per_epoch, len(self.members))
 
     def _head_label_manager(self, name: str) -> Any:
-        head = self.joint.heads[self.joint.members[name].head]
+        name_of_head = self.joint.members[name].head
+        if name_of_head is None:
+            return self.members[name].label_manager
+        head = self.joint.heads[name_of_head]
         return self.plans_manager.get_label_manager(head.dataset_json)
 
     def _member_loss(self, name: str) -> nn.Module:
         with replaced(
-            self, label_manager=self._head_label_manager(name), configuration_manager=self._configuration(name)
+            self,
+            label_manager=self._head_label_manager(name),
+            configuration_manager=self._configuration(name),
+            **self._tasks_of(name),
         ):
             loss = self._build_loss()
         if self.is_ddp:
@@ -154,6 +170,18 @@ class nnUNetTrainerKDTeacher(KDTrainer):
             return loss
         index = list(self.members).index(name)
         return AlignedLoss(loss, self.wrapped_auxiliary["member_classifier"], index, self.settings.alignment_weight)
+
+    @property
+    def task_loss(self) -> TaskLoss:
+        """The supervised loss of the speaking member."""
+        loss: Any = self.loss.supervised if isinstance(self.loss, AlignedLoss) else self.loss
+        return loss
+
+    def _tasks_of(self, name: str) -> dict[str, Any]:
+        """Attributes that let the methods for one dataset's tasks see those of a member."""
+        _, detection = self.joint.member_heads(name, self.configuration_name)
+        plan = None if detection is None else DetectionPlan.from_dict(detection)
+        return {"tasks": self.member_tasks[name], "detection_plan": plan}
 
     def build_auxiliary(self) -> nn.ModuleDict:
         """The member classifier, if alignment is on."""
@@ -165,9 +193,13 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         return nn.ModuleDict({"member_classifier": MemberClassifier(stage.channels, len(self.members))})
 
     def _configuration(self, name: str) -> ConfigurationManager:
-        """The member's stock configuration with the batch size that was planned for the teacher."""
+        """The member's stock configuration with the batch size, and the heads, that were planned for the teacher."""
         configuration = dict(self.members[name].configuration_manager.configuration)
         configuration["batch_size"] = self.joint.members[name].batch_sizes[self.configuration_name]
+        heads = self.joint.member_heads(name, self.configuration_name)
+        if any(heads):
+            architecture = self.joint_configuration_manager.configuration["architecture"]
+            configuration["architecture"] = multitask_architecture(architecture, *heads)
         return ConfigurationManager(configuration)
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
@@ -195,6 +227,8 @@ class nnUNetTrainerKDTeacher(KDTrainer):
             dataset_class=member.dataset_class,
             folder_with_segs_from_previous_stage=previous,
             batch_size=self.batch_size,
+            loss=self.losses[name],
+            **self._tasks_of(name),
             oversample_foreground_percent=self.settings.training.oversample_foreground_percent,
         ):
             self._set_batch_size_and_oversample()
@@ -272,6 +306,7 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         self.joint_network.select(name)
         self.label_manager = self.head_label_managers[name]
         self.loss = self.losses[name]
+        self.tasks = self.member_tasks[name]
         return name
 
     def train_step(self, batch: dict) -> dict:
@@ -282,42 +317,56 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         self.steps[name] += 1
         return super().train_step(batch)
 
+    def on_validation_epoch_start(self) -> None:
+        """Start collecting the scores of every member's tasks."""
+        super().on_validation_epoch_start()
+        self.member_scores = {name: TaskScores(tasks) for name, tasks in self.member_tasks.items() if tasks is not None}
+
     def validation_step(self, batch: dict) -> dict:
         """Stock validation step on the batch's member, with its name."""
         name = self._speak(batch)
+        if name in self.member_scores:
+            self.task_scores = self.member_scores[name]
         return {"member": name, **super().validation_step(batch)}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        """Pseudo Dice per member; nnU-Net's mean_fg_dice, which chooses checkpoint_best, is the mean over members."""
-        if self.is_ddp:
-            gathered: list[Any] = [None] * distributed.get_world_size()
-            distributed.all_gather_object(gathered, val_outputs)
-            val_outputs = [output for rank in gathered for output in rank]
+        """Pseudo scores per member; nnU-Net's mean_fg_dice, which chooses checkpoint_best, is the mean over members."""
+        parts = self.gathered((val_outputs, self.member_scores))
+        outputs = [output for own, _ in parts for output in own]
         dice_per_class: list[float] = []
-        self.member_dice = {}
-        for name in self.members:
-            own = [output for output in val_outputs if output["member"] == name]
-            label_manager = self.head_label_managers[name]
-            if not own:
+        self.scores: dict[str, dict[str, float]] = {}
+        for name, tasks in self.member_tasks.items():
+            own = [output for output in outputs if output["member"] == name]
+            if tasks is None or tasks.segmentation:
+                label_manager = self.head_label_managers[name]
                 num_classes = label_manager.num_segmentation_heads - (0 if label_manager.has_regions else 1)
-                dice_per_class += [float("nan")] * num_classes
-                continue
-            tp, fp, fn = (np.sum([output[key] for output in own], 0) for key in ("tp_hard", "fp_hard", "fn_hard"))
-            with np.errstate(invalid="ignore"):
-                dice = 2 * tp / (2 * tp + fp + fn)
-            dice_per_class += dice.tolist()
-            self.member_dice[name] = float(np.nanmean(dice)) if not np.isnan(dice).all() else float("nan")
-        values = list(self.member_dice.values())
-        mean = float(np.nanmean(values)) if not np.isnan(values).all() else 0.0
-        self.logger.log("mean_fg_dice", mean, self.current_epoch)
-        self.logger.log("dice_per_class_or_region", dice_per_class, self.current_epoch)
-        self.logger.log("val_losses", np.mean([output["loss"] for output in val_outputs]), self.current_epoch)
+                dice_per_class += pseudo_dice(own) or [float("nan")] * num_classes
+            self.scores[name] = TaskScores.of_epoch(own, [scores[name] for _, scores in parts if name in scores])
+        means = {name: mean_score(scores) for name, scores in self.scores.items()}
+        self.logger.log("mean_fg_dice", float(np.nan_to_num(mean_score(means))), self.current_epoch)
+        self.logger.log("dice_per_class_or_region", dice_per_class or [float("nan")], self.current_epoch)
+        self.logger.log("val_losses", np.mean([output["loss"] for output in outputs]), self.current_epoch)
+        for name, scores in self.member_scores.items():
+            for score in scores.names:
+                self.logger.log(_curve(name, score), self.scores[name][score], self.current_epoch)
 
     def on_epoch_end(self) -> None:
-        """Stock epoch end, with pseudo Dice and steps per member in the log."""
-        parts = [f"{name} {value:.4f} ({self.steps[name]} steps)" for name, value in self.member_dice.items()]
-        self.print_to_log_file("Pseudo dice per member:", "; ".join(parts))
+        """Stock epoch end, with pseudo scores and steps per member in the log."""
+        steps = {name: f"({self.steps[name]} steps)" for name in self.members}
+        dice = [f"{name} {own['Dice']:.4f} {steps[name]}" for name, own in self.scores.items() if "Dice" in own]
+        self.print_to_log_file("Pseudo dice per member:", "; ".join(dice))
+        for name, collected in self.member_scores.items():
+            values = ", ".join(f"{score} {self.scores[name][score]:.4f}" for score in collected.names)
+            self.print_to_log_file(f"Pseudo scores of {name}: {values} {steps[name]}")
         super().on_epoch_end()
+
+    def _curves(self) -> list[str]:
+        return [
+            _curve(name, score)
+            for name, tasks in self.member_tasks.items()
+            if tasks is not None
+            for score in TaskScores(tasks).names
+        ]
 
     def checkpoint_extra(self) -> dict[str, Any]:
         """Also the cases that the teacher was trained on, and the steps per member."""
@@ -357,8 +406,10 @@ class nnUNetTrainerKDTeacher(KDTrainer):
         if self.local_rank == 0:
             summaries = {name: folder / name / "validation" / "summary.json" for name in self.members}
             for name, member in self.members.items():
-                cases = self.splits[name][1]
-                write_joint_segmentations(self.joint, member, cases, self.plans_manager, self.dataset_json, folder)
+                if self.joint.members[name].head is not None:
+                    cases = self.splits[name][1]
+                    write_joint_segmentations(self.joint, member, cases, self.plans_manager, self.dataset_json, folder)
+            (folder / "validation").mkdir(exist_ok=True)  # not there yet where no member has segmentations
             write_json(folder / "validation" / "summary.json", _join_summaries(summaries))
 
     def _member_output(self, name: str) -> dict[str, Any]:
@@ -377,14 +428,24 @@ class nnUNetTrainerKDTeacher(KDTrainer):
 def _join_summaries(files: dict[str, Path]) -> dict[str, Any]:
     """One summary in nnU-Net's format: classes as MEMBER/CLASS, foreground mean = mean over the members."""
     joined: dict[str, Any] = {"foreground_mean": {}, "mean": {}, "members": {}, "metric_per_case": []}
+    tasks = {}
     for name, file in files.items():
         summary = json.loads(file.read_text())
+        if BLOCK in summary:
+            tasks[name] = summary[BLOCK]
+        if "foreground_mean" not in summary:
+            continue  # a member without segmentation
         joined["members"][name] = summary["foreground_mean"]
         joined["mean"].update({f"{name}/{label}": metrics for label, metrics in summary["mean"].items()})
         joined["metric_per_case"] += [{"member": name, **case} for case in summary["metric_per_case"]]
-    for metric in next(iter(joined["members"].values())):
+    for metric in next(iter(joined["members"].values()), {}):
         joined["foreground_mean"][metric] = float(np.nanmean([own[metric] for own in joined["members"].values()]))
-    return joined
+    return {**joined, BLOCK: {"members": tasks}} if tasks else joined
+
+
+def _curve(member: str, score: str) -> str:
+    """Name of a member's curve in progress.png."""
+    return f"{member} {score}"
 
 
 def _disable_gathering(loss: nn.Module) -> None:

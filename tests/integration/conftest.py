@@ -8,6 +8,7 @@ process pools fork too, and fingerprints are taken from fewer voxels. What depen
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import json
 import multiprocessing
@@ -24,7 +25,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from PIL import Image
 
 CONFIGURATION = "3d_fullres"
 SHORT = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "seed": 1}
@@ -222,6 +227,36 @@ def make_world(make_nnunet_dirs: Callable[[], Any]) -> Callable[[], World]:
         return World(folders.raw, folders.preprocessed, folders.results, environment)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_side_files() -> Callable[[Path], None]:
+    """Write ``classification.csv`` and ``boxes.json`` of a raw dataset.
+
+    Two classes by turns (column "size"), findings ("dark", "bright"), groups of two cases ("patient"), and the box of
+    each case's mask; the first case is not labelled.
+    """
+
+    def write(folder: Path) -> None:
+        rows, boxes = [], {}
+        for index, (case, mask) in enumerate(_masks(folder).items()):
+            found = np.argwhere(mask)
+            corners = [*found.min(0)[::-1].tolist(), *(found.max(0)[::-1] + 1).tolist()]
+            boxes[case] = [{"label": "lesion", "box": corners}]
+            size = ("small", "large")[index % 2] if index else ""
+            rows.append([case, size, index % 2, (index + 1) % 2, f"patient{index // 2}"])
+        with (folder / "classification.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["case", "size", "dark", "bright", "patient"], *rows])
+        (folder / "boxes.json").write_text(json.dumps(boxes))
+
+    return write
+
+
+def _masks(folder: Path) -> dict[str, NDArray[np.bool_]]:
+    files = sorted((folder / "labelsTr").iterdir())
+    if files[0].suffix == ".png":
+        return {file.stem: np.array(Image.open(file)) == 1 for file in files}
+    return {file.name[:-7]: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) == 1 for file in files}
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,12 @@ def test_resolved_settings_are_complete_and_read_back_the_same() -> None:
     assert isinstance(settings.terms[0].weight, float)
 
 
+def test_imitation_may_name_levels_or_leave_them_open() -> None:
+    for levels in ([], ["bottleneck"]):
+        (term,) = parse_settings(settings_with_term(on="boxes", loss="imitation", levels=levels)).terms
+        assert term.levels == levels
+
+
 def test_description_of_a_joint_dataset_is_no_setting() -> None:
     block = {"version": 1, "members": {"x": {}}, "channels": [], "heads": {}, "member_of": ["a"], "student": {}}
     assert parse_settings(block) == Settings()
@@ -200,6 +206,9 @@ def test_yaml_runs_no_code(tmp_path: Path) -> None:
         (settings_with_term(on="features", loss="mse", levels="bottleneck"), ["'terms[0].levels'", "list"]),
         (settings_with_term(on="features", loss="mse", levels=[2]), ["'terms[0].levels[0]'"]),
         (settings_with_term(levels=["bottleneck"]), ["'terms[0].levels'", "features"]),
+        (settings_with_term(on="classification", levels=["bottleneck"]), ["'terms[0].levels'", "imitation"]),
+        (settings_with_term(on="boxes", loss="giou", levels=["bottleneck"]), ["'terms[0].levels'", "imitation"]),
+        (settings_with_term(on="masks"), ["'terms[0].on'", "'classification'", "'boxes'"]),
         ({"guard": {"margin": -1}}, ["'guard.margin'"]),
         ({"guard": {"margin": "half"}}, ["'guard.margin'"]),
         ({"guard": {"margin": -0.1}}, ["'guard.margin'"]),

@@ -25,6 +25,7 @@ from nnunet_kd.cli.predict import main
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.evaluation.tasks import read_box_predictions, read_classification_predictions
+from nnunet_kd.inference import case_collector
 from nnunet_kd.inference.task_files import boxes_in_stored_image
 from nnunet_kd.inference.task_predictor import TaskPredictor
 from nnunet_kd.networks.multitask import TaskOutputs, multitask_architecture
@@ -215,6 +216,10 @@ class PointwiseNetwork(nn.Module):
         nn.init.normal_(self.heads.classification.pools[0].score.weight)
         self.calls: list[bool] = []
 
+    @property
+    def speaking_heads(self) -> nn.Module:
+        return self.heads
+
     def forward(self, image: Tensor, tasks: bool = False, segmentation: bool = True) -> Any:
         logits = torch.cat((image, -image), 1)
         if not tasks:
@@ -271,6 +276,18 @@ def test_boxes_lie_where_they_are_in_the_image(dimension: int, num_folds: int, b
     expected = [[*z3[0], 2.0, 1.0, *z3[1], 5.0, 4.0], [*z5[0], 23.0, 0.0, *z5[1], 28.0, 3.0]]
     np.testing.assert_allclose(boxes, expected, atol=1e-5)
     np.testing.assert_allclose(scores, 1 / (1 + np.exp([-2.0, -1.0])), atol=1e-6)
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_boxes_leave_the_device_in_parts_without_a_difference(dimension: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = make_plans(dimension)
+    network = stock_built_network(plans, 0)
+    predictor = initialised(TaskPredictor(**options()), network, plans, [network, network], tuple(range(dimension)))
+    expected = predictor.predict_case(image_of(dimension)).boxes
+    assert len(expected[0]) > 0
+    monkeypatch.setattr(case_collector, "VIEWS_AT_ONCE", 5)
+    for own, other in zip(predictor.predict_case(image_of(dimension)).boxes, expected, strict=True):
+        np.testing.assert_array_equal(own, other)
 
 
 def test_overlapping_tiles_keep_the_box_of_the_tile_that_sees_it_whole() -> None:

@@ -1,4 +1,7 @@
-"""What must hold for every loss, on logits and on features, in two and three dimensions."""
+"""What must hold for every loss, on logits and on features, in two and three dimensions.
+
+Those on classification are among them; those on boxes have other inputs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from nnunet_kd.losses.wavelet import _analysis
 
 GRIDS = {2: (6, 5), 3: (4, 3, 5)}
 # every loss by its defaults, and the options that take another path
-CASES = [(on, name, {}) for on in LOSSES for name in LOSSES[on]] + [
+CASES = [(on, name, {}) for on in ("logits", "features") for name in LOSSES[on]] + [
     ("logits", "kl", {"balance": "class"}),
     ("logits", "kl", {"nonlinearity": "sigmoid"}),
     ("logits", "kl", {"nonlinearity": "sigmoid", "balance": "class"}),

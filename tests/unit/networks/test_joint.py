@@ -9,7 +9,9 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import Tensor, nn
 
-from nnunet_kd.networks.joint import Head, JointUNet, Route, crop, pad_to_multiple
+from nnunet_kd.networks.joint import Head, JointUNet, Route, crop, member_head_weights, pad_to_multiple
+from nnunet_kd.networks.multitask import MultiTaskUNet, TaskOutputs
+from nnunet_kd.tasks.detection_plan import plan_detection
 
 NUM_CHANNELS = 3
 NUM_OUTPUTS = 7  # head a: 3 softmax outputs, head b: 2 regions, head c: 2 softmax outputs
@@ -200,7 +202,7 @@ def test_features_of_an_odd_patch_cover_it(kind: tuple[str, int]) -> None:
     joint.select("a")
     shape = (5, 5, 9)[-kind[1] :]
     stages = [find_stage(joint, "bottleneck"), find_stage(joint, "encoder@1/2")]
-    _, features = joint.run(torch.randn(1, 1, *shape), stages)
+    features = joint.run(torch.randn(1, 1, *shape), stages).features
     for feature, stage in zip(features, stages, strict=True):
         assert tuple(feature.shape[2:]) == tuple(-(-s // step) for s, step in zip(shape, stage.stride, strict=True))
 
@@ -235,3 +237,65 @@ def test_compiled_network_follows_the_selected_member(compiled: Callable[[nn.Mod
         joint.select(member)
         image = torch.randn(1, len(ROUTES[member].channels), 8, 8)
         torch.testing.assert_close(fast(image), joint(image))
+
+
+def heads_of(dimension: int) -> dict[str, dict[str, object]]:
+    """Members a (classes and boxes) and d (classes alone, no segmentation) have heads for them."""
+    stride = (2,) * dimension
+    plan = plan_detection([[3.0] * dimension] * 4, [(1,) * dimension, stride], (8,) * dimension, ("lesion",))
+    return {
+        "a": {"classification": {"targets": [["grade", 3]]}, "detection": plan.to_dict()},
+        "d": {"classification": {"targets": [["site", 2]]}, "detection": None},
+    }
+
+
+def test_heads_leave_the_weights_and_the_other_members_as_they_are(kind: tuple[str, int]) -> None:
+    plain = JointUNet(make_unet(*kind), ROUTES, HEADS)
+    routes = {**ROUTES, "d": Route((0,), 0, 0)}
+    joint = JointUNet(make_unet(*kind), routes, HEADS, heads_of(kind[1]))
+    weights = joint.state_dict()
+    own = {key: value for key, value in weights.items() if not key.startswith("task_heads.")}
+    assert own.keys() == plain.state_dict().keys()
+    assert all(torch.equal(own[key], value) for key, value in plain.state_dict().items())
+    image = torch.randn(1, 2, *patch(kind[1]))
+    for network in (plain, joint):
+        network.select("b")
+    for output, expected in zip(joint(image), plain(image), strict=True):
+        assert torch.equal(output, expected)
+
+
+def test_member_with_tasks_equals_the_network_of_one_dataset(kind: tuple[str, int]) -> None:
+    settings = heads_of(kind[1])
+    joint = JointUNet(make_unet(*kind), {**ROUTES, "d": Route((0,), 0, 0)}, HEADS, settings).eval()
+    for name, classification in (("a", "grade"), ("d", "site")):
+        unet = make_unet(*kind)
+        single = MultiTaskUNet.__new__(MultiTaskUNet)
+        nn.Module.__init__(single)
+        joint.select(name)
+        image = torch.randn(2, 1, *patch(kind[1]))
+        found = joint(image, tasks=True)
+        assert isinstance(found, TaskOutputs)
+        assert bool(found.segmentation) == (name == "a")
+        single.encoder, single.decoder, single.tapped_stages = unet.encoder, unet.decoder, ()
+        single.heads = type(joint.speaking_heads)(unet, **settings[name])
+        filled = torch.cat([image, torch.zeros(2, NUM_CHANNELS - 1, *patch(kind[1]))], 1)
+        stock = {key: value for key, value in joint.state_dict().items() if not key.startswith("task_heads.")}
+        single.load_state_dict({**stock, **member_head_weights(joint.state_dict(), name)})
+        expected = single.eval().forward_tasks(filled)
+        torch.testing.assert_close(found.classification[classification], expected.classification[classification])
+        if name == "a":
+            for own, other in zip(found.detection.class_logits, expected.detection.class_logits, strict=True):
+                torch.testing.assert_close(own, other)
+            torch.testing.assert_close(found.segmentation[0], expected.segmentation[0][:, :3], rtol=1e-4, atol=1e-5)
+        assert isinstance(joint.train()(image), TaskOutputs)
+        joint.eval()
+
+
+def test_a_member_without_segmentation_and_boxes_needs_no_decoder() -> None:
+    joint = JointUNet(make_unet("plain", 2), {"d": Route((0,), 0, 0)}, HEADS, {"d": heads_of(2)["d"]})
+    joint.select("d")
+    joint(torch.randn(2, 1, 8, 8)).classification["site"].sum().backward()
+    parts = (joint.decoder.stages, joint.decoder.transpconvs, joint.decoder.seg_layers)
+    assert all(parameter.grad is None for part in parts for parameter in part.parameters())
+    assert all(parameter.grad is not None for parameter in joint.encoder.parameters())
+    assert all(parameter.grad is not None for parameter in joint.task_heads.parameters())

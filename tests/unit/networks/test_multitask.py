@@ -139,6 +139,24 @@ def test_classification_alone_can_leave_the_decoder_out(stock: dict[str, Any]) -
     assert all(weight.grad is None for weight in network.decoder.seg_layers.parameters())
 
 
+COARSE = {"strides": [[2, 2]], "anchors": [[[9, 9]]], "classes": ["a"]}
+
+
+@pytest.mark.parametrize("boxes", [None, DETECTION, COARSE], ids=["classes", "all levels", "one coarse level"])
+def test_without_segmentation_all_that_the_tasks_use_is_trained_and_nothing_else(
+    stock: dict[str, Any], boxes: dict[str, Any] | None
+) -> None:
+    network = build(multitask_architecture(stock, CLASSIFICATION, boxes)).train()
+    network.train_tasks(segments=False)
+    outputs = network(torch.randn(2, 1, 32, 32))
+    used = list(outputs.classification.values()) + (list(outputs.detection.class_logits) if boxes else [])
+    used += list(outputs.detection.box_regression) if boxes else []
+    sum(output.square().sum() for output in used).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+    assert all(parameter.requires_grad for parameter in network.encoder.parameters())
+
+
 def test_heads_keep_their_own_initialisation(stock: dict[str, Any]) -> None:
     """nnU-Net initialises all convolutions after construction, also those of the heads."""
     heads = build(multitask_architecture(stock, CLASSIFICATION, DETECTION)).heads

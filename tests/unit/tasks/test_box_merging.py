@@ -6,9 +6,17 @@ import math
 
 import pytest
 import torch
+from monai.data.box_utils import batched_nms, box_iou
 from torch import Tensor
 
-from nnunet_kd.tasks.box_merging import Candidates, centre_factor, cluster, suppress, visible_share
+from nnunet_kd.tasks.box_merging import (
+    Candidates,
+    centre_factor,
+    cluster,
+    non_maximum_suppression,
+    suppress,
+    visible_share,
+)
 
 TILE = [0.0, 0.0, 20.0, 20.0]
 BOX = [8.0, 8.0, 12.0, 12.0]  # in the middle of the tile
@@ -25,6 +33,62 @@ def candidates(
         torch.tensor(views, dtype=torch.int64),
         torch.tensor(tiles),
     )
+
+
+def random_candidates(count: int, dimension: int) -> Candidates:
+    """Boxes of two classes around few places, in views of four overlapping tiles."""
+    random = torch.Generator().manual_seed(0)
+    places = torch.rand(8, dimension, generator=random) * 30
+    lower = places[torch.randint(8, (count,), generator=random)] + torch.rand(count, dimension, generator=random) * 4
+    tiles = (torch.arange(4.0) * 8)[:, None].repeat(3, dimension)
+    return Candidates(
+        torch.cat((lower, lower + 4 + 4 * torch.rand(count, dimension, generator=random)), 1),
+        torch.rand(count, generator=random),
+        torch.randint(2, (count,), generator=random),
+        torch.randint(12, (count,), generator=random),
+        torch.cat((tiles, tiles + 20), 1),
+    )
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_random_boxes_cluster_as_the_formula_says(dimension: int) -> None:
+    """Each box in turn, in falling score, opens a cluster or has joined one."""
+    given = random_candidates(150, dimension)
+    overlaps = box_iou(given.boxes, given.boxes)
+    centre = centre_factor(given.boxes, given.tiles[given.views])
+    shares = visible_share(given.boxes, given.tiles)
+    free, expected = set(range(150)), []
+    for best in given.scores.argsort(descending=True).tolist():
+        if best not in free:
+            continue
+        same = [index for index in sorted(free) if given.labels[index] == given.labels[best]]
+        members = [index for index in same if index == best or overlaps[best, index] > 0.3]
+        free -= set(members)
+        volumes = (given.boxes[members, dimension:] - given.boxes[members, :dimension]).prod(1)
+        weights = [float(overlaps[best, i] * volumes[row] * centre[i]) for row, i in enumerate(members)]
+        missing = max(0.0, float(shares[best].sum()) - len({int(given.views[index]) for index in members}))
+        weighted = [float(given.scores[index]) * weight for index, weight in zip(members, weights, strict=True)]
+        score = sum(weighted) / (sum(weights) + missing * sum(weights) / len(weights))
+        box = sum(given.boxes[index] * weight for index, weight in zip(members, weighted, strict=True)) / sum(weighted)
+        expected.append((score, box, int(given.labels[best])))
+    expected.sort(key=lambda row: -row[0])
+    found = cluster(given)
+    assert 16 < len(expected) < 100
+    torch.testing.assert_close(found.scores, torch.tensor([row[0] for row in expected]))
+    torch.testing.assert_close(found.boxes, torch.stack([row[1] for row in expected]))
+    assert found.labels.tolist() == [row[2] for row in expected]
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_suppression_in_groups_equals_monais(limit: int | None) -> None:
+    given = random_candidates(200, 3)
+    kept = non_maximum_suppression(given.boxes, given.scores, given.labels, 0.2, limit)
+    if limit is None:
+        assert kept.tolist() == batched_nms(given.boxes, given.scores, given.labels, 0.2).tolist()
+    for label in (0, 1):
+        own = (given.labels == label).nonzero().flatten()
+        expected = own[batched_nms(given.boxes[own], given.scores[own], given.labels[own], 0.2, limit or -1)]
+        assert kept[given.labels[kept] == label].tolist() == expected.tolist()
 
 
 def test_agreeing_views_change_nothing() -> None:

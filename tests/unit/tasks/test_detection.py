@@ -9,9 +9,13 @@ import statistics
 import pytest
 import torch
 from monai.apps.detection.utils.anchor_utils import AnchorGeneratorWithAnchorShape
+from monai.apps.detection.utils.ATSS_matcher import ATSSMatcher
+from monai.apps.detection.utils.box_selector import BoxSelector
+from monai.data.box_utils import box_iou
 from torch import Tensor
 
 from nnunet_kd.tasks.detection import (
+    CANDIDATES_PER_LEVEL,
     BoxMaps,
     DetectionHead,
     DetectionPlan,
@@ -37,6 +41,19 @@ def empty_maps(dimension: int, batch: int = 1, logit: float = -20.0) -> BoxMaps:
         tuple(torch.full((batch, plan.num_anchors * len(plan.classes), *grid), logit) for grid in grids),
         tuple(torch.zeros(batch, plan.num_anchors * 2 * dimension, *grid) for grid in grids),
     )
+
+
+def random_maps(dimension: int, batch: int, random: torch.Generator) -> BoxMaps:
+    maps = empty_maps(dimension, batch)
+    for level in (*maps.class_logits, *maps.box_regression):
+        level.normal_(generator=random)
+    return maps
+
+
+def random_boxes(dimension: int, count: int, random: torch.Generator) -> Tensor:
+    size = 2 + 10 * torch.rand(count, dimension, generator=random)
+    lower = torch.rand(count, dimension, generator=random) * (torch.tensor(SHAPES[dimension]) - size).clamp(min=0)
+    return torch.cat((lower, lower + size), 1)
 
 
 def brute_force_iou(first: Tensor, second: Tensor) -> float:
@@ -86,7 +103,7 @@ def test_encoded_boxes_decode_back_through_the_maps(dimension: int) -> None:
     task, maps = DetectionTask(PLANS[dimension]), empty_maps(dimension)
     box = torch.tensor([[3.0, 5.0, 11.0, 19.0]] if dimension == 2 else [[2.0, 3.0, 5.0, 7.0, 11.0, 19.0]])
     anchors = task.anchors(maps)
-    match = task.match(maps, anchors, box)
+    (match,) = task.matches(maps, [box])
     codes, logits = torch.zeros(len(anchors), 2 * dimension), torch.full((len(anchors), 2), -20.0)
     matched = match >= 0
     codes[matched] = task.coder.encode_single(box.expand(int(matched.sum()), -1), anchors[matched])
@@ -120,10 +137,113 @@ def test_matching_equals_atss_with_iou_counted_in_voxels(dimension: int) -> None
     overlaps = {index: brute_force_iou(anchors[index], torch.tensor(box)) for index in nearest[:cut]}
     threshold = statistics.mean(overlaps.values()) + statistics.stdev(overlaps.values())
     expected = {index for index, overlap in overlaps.items() if overlap >= threshold}
-    match = task.match(maps, anchors, torch.tensor([box], dtype=torch.float32))
+    (match,) = task.matches(maps, [torch.tensor([box], dtype=torch.float32)])
     assert len(expected) > 1
     assert set((match == 0).nonzero().flatten().tolist()) == expected
     assert (match[match != 0] == -1).all()
+
+
+@dimensions
+def test_matching_of_a_batch_equals_monais_matcher_image_by_image(dimension: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    task, maps = DetectionTask(PLANS[dimension]), empty_maps(dimension, batch=4)
+    boxes = [random_boxes(dimension, count, random) for count in (3, 0, 12, 1)]
+    anchors = task.anchors(maps)
+    positions = [level.shape[2:].numel() for level in maps.class_logits]
+    given_by_atss = 0
+    for own, match in zip(boxes, task.matches(maps, boxes), strict=True):
+        if len(own) == 0:
+            assert (match == -1).all()
+            continue
+        matcher = ATSSMatcher(9, center_in_gt=False)
+        _, expected = matcher.compute_matches(own, anchors, positions, PLANS[dimension].num_anchors)
+        missing = sorted(set(range(len(own))) - set(expected.tolist()))
+        given_by_atss += len(own) - len(missing)
+        for index in missing:
+            expected[box_iou(own[index : index + 1], anchors)[0].where(expected < 0, -1.0).argmax()] = index
+        assert torch.equal(match, expected)
+    assert given_by_atss > 10
+
+
+@dimensions
+def test_given_matches_give_the_same_loss(dimension: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    task, maps = DetectionTask(PLANS[dimension]), random_maps(dimension, 3, random)
+    boxes = [random_boxes(dimension, count, random) for count in (2, 0, 5)]
+    labels = [torch.ones(len(own), dtype=torch.int64) for own in boxes]
+    torch.manual_seed(0)
+    expected = task.loss(maps, boxes, labels)
+    torch.manual_seed(0)
+    assert task.loss(maps, boxes, labels, task.matches(maps, boxes)) == expected
+    # the box loss is that of all matched anchors, decoded one image at a time
+    _, codes = task.flatten(maps)
+    losses = [
+        task.box_loss.__class__(reduction="none")(
+            task.coder.decode_single(code[match >= 0], task.anchors(maps)[match >= 0]), own[match[match >= 0]]
+        )
+        for code, match, own in zip(codes, task.matches(maps, boxes), boxes, strict=True)
+        if len(own)
+    ]
+    torch.testing.assert_close(expected["box_regression"], torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize(("num_boxes", "positives", "negatives"), [(0, 0, 4), (1, 1, 4), (30, 6, 12)])
+def test_positives_and_hard_negatives_of_each_image_are_drawn_in_proportion(
+    num_boxes: int, positives: int, negatives: int
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    task = DetectionTask(PLANS[2], samples_per_image=18, min_negatives=4, pool_size=3.0)
+    maps, other = random_maps(2, 2, random), random_boxes(2, 3, random)
+    for level in maps.class_logits:
+        level.requires_grad_()
+    boxes = random_boxes(2, num_boxes, random)
+    match, _ = task.matches(maps, [boxes, other])
+    if num_boxes == 1:  # one anchor, so that fewer positives than allowed are there
+        first = (match == 0).nonzero()[0]
+        match = torch.full_like(match, -1).index_fill(0, first, 0)
+    labels = [torch.zeros(len(own), dtype=torch.int64) for own in (boxes, other)]
+    matches = [match, task.matches(maps, [boxes, other])[1]]
+    loss = task.loss(maps, [boxes, other], labels, matches)["classification"]
+    gradient = BoxMaps(tuple(torch.autograd.grad(loss, maps.class_logits)), maps.box_regression)
+    drawn = task.flatten(gradient)[0][0].abs().sum(1) > 0
+    assert int((drawn & (match >= 0)).sum()) == positives
+    assert int((drawn & (match < 0)).sum()) == negatives
+    hardness = task.flatten(maps)[0][0].amax(1)[match < 0]
+    assert hardness[drawn[match < 0]].min() >= hardness.topk(3 * negatives).values[-1]
+
+
+@dimensions
+def test_decoding_equals_monais_selector(dimension: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    maps, plan = random_maps(dimension, 3, random), PLANS[dimension]
+    task = DetectionTask(plan)
+    selector = BoxSelector(
+        score_thresh=plan.score_threshold,
+        topk_candidates_per_level=CANDIDATES_PER_LEVEL,
+        nms_thresh=plan.nms_threshold,
+        detections_per_img=plan.detections_per_image,
+    )
+    sizes = task.level_sizes(maps)
+    logits, codes = task.flatten(maps)
+    counts = []
+    for image, found in enumerate(task.decode(maps, SHAPES[dimension])):
+        boxes = task.coder.decode_single(codes[image], task.anchors(maps)).split(sizes)
+        expected = selector.select_boxes_per_image(list(boxes), list(logits[image].split(sizes)), SHAPES[dimension])
+        for own, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(own, other)
+        counts.append(len(found.labels))
+    assert min(counts) > 10
+
+
+def test_anchors_made_for_inference_can_be_trained_with() -> None:
+    plan = DetectionPlan(((2, 4),), (((6.5, 9.5),),), CLASSES)  # no other test has made its anchors
+    task = DetectionTask(plan)
+    maps = BoxMaps((torch.zeros(1, 2, 12, 8),), (torch.zeros(1, 4, 12, 8, requires_grad=True),))
+    with torch.inference_mode():
+        task.decode(maps, (24, 32))
+    loss = task.loss(maps, [torch.tensor([[4.0, 6.0, 12.0, 14.0]])], [torch.tensor([1])])["box_regression"]
+    loss.backward()
+    assert maps.box_regression[0].grad.any()
 
 
 @dimensions
@@ -132,7 +252,7 @@ def test_every_box_has_an_anchor_also_tiny_and_overlapping_ones(dimension: int) 
     random = torch.Generator().manual_seed(0)
     corner = torch.rand(12, dimension, generator=random) * 8
     boxes = torch.cat((corner, corner + 0.5 + torch.rand(12, dimension, generator=random) * 4), 1)
-    match = task.match(maps, task.anchors(maps), boxes)
+    (match,) = task.matches(maps, [boxes])
     assert set(match[match >= 0].tolist()) == set(range(12))
 
 
@@ -156,7 +276,7 @@ def test_class_loss_teaches_the_class_of_the_matched_box() -> None:
     for level in maps.class_logits:
         level.requires_grad_()
     box = torch.tensor([[4.0, 6.0, 12.0, 14.0]])
-    match = task.match(maps, task.anchors(maps), box)
+    (match,) = task.matches(maps, [box])
     losses = task.loss(maps, [box, box[:0]], [torch.tensor([1]), torch.tensor([], dtype=torch.int64)])
     gradient, _ = task.flatten(
         BoxMaps(tuple(torch.autograd.grad(losses["classification"], maps.class_logits)), maps.box_regression)

@@ -15,7 +15,7 @@ from nnunet_kd.errors import SettingsError
 from nnunet_kd.networks.adapters import Projector
 from nnunet_kd.settings import Guard, Settings, parse_settings
 from nnunet_kd.spaces.labels import LabelMap, LabelSpace, match_label_spaces
-from nnunet_kd.teachers.output import TeacherOutput
+from nnunet_kd.teachers.output import Taught, TeacherOutput
 from nnunet_kd.training.distillation import DistillationLoss, build_terms, common_target, projector_name
 
 LABELS = LabelSpace.from_dataset_json({"labels": {"background": 0, "a": 1, "b": 2}})
@@ -55,7 +55,7 @@ def make_loss(
         Supervised(),
         level_weights,
         built,
-        dict.fromkeys(teachers, label_map),
+        dict.fromkeys(teachers, Taught(("segmentation",), label_map)),
         projectors or {},
         levels,
         guard or Guard(),
@@ -286,7 +286,7 @@ def test_guarded_gradient_is_the_supervised_one_and_the_trusted_part_of_the_term
     loss.teacher_outputs = {"joint": TeacherOutput(teacher)}
     loss(outputs, targets).backward()
     of_supervised = torch.autograd.grad(stock_loss()(outputs, targets), outputs[:2])
-    raw = loss._logit_term(loss.terms[0], outputs, targets, loss.teacher_outputs["joint"], loss.student_maps["joint"])
+    raw = loss._logit_term(loss.terms[0], outputs, targets, loss.teacher_outputs["joint"])
     of_term = torch.autograd.grad(raw, outputs[:2])
     predicted, labels = teacher.argmax(1), targets[0][:, 0]
     dice = [

@@ -30,7 +30,7 @@ from nnunet_kd.networks.joint import Head, JointUNet, Route
 from nnunet_kd.networks.taps import Stage, find_stage, tap
 from nnunet_kd.settings import Guard, parse_settings
 from nnunet_kd.spaces.labels import LabelSpace, match_label_spaces
-from nnunet_kd.teachers.output import TeacherOutput
+from nnunet_kd.teachers.output import Taught, TeacherOutput
 from nnunet_kd.training.base import KDTrainer
 from nnunet_kd.training.distillation import DistillationLoss, build_terms, projector_name
 
@@ -91,6 +91,13 @@ def test_teacher_learns_from_the_member_of_every_process(answers: list[dict[str,
         assert answer["heads_with_gradient"] == [True, True]
 
 
+def test_processes_whose_members_have_different_tasks_wait_for_no_gradient(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        assert answer["tasks_without_gradient"] == []
+        assert answer["tasks_distance_to_first_process"] == 0.0
+        assert answer["tasks_parts_with_gradient"] == [True, True]  # the decoder of one, the class head of the other
+
+
 def test_only_the_first_process_starts_a_wandb_run(answers: list[dict[str, Any]]) -> None:
     assert [answer["wandb_runs"] for answer in answers] == [1, 0]
     assert [answer["wandb_enabled_afterwards"] for answer in answers] == ["1", "1"]
@@ -133,7 +140,7 @@ def work(rank: int, store: str) -> dict[str, Any]:
         answer["distance_to_mean"].append(float((found - mean / WORLD_SIZE).norm() / found.norm()))
         answer["distance_to_own"].append(float((found - own).norm() / found.norm()))
         optimizer.step()
-    answer |= teach(rank) | start_wandb()
+    answer |= teach(rank) | teach_tasks(rank) | start_wandb()
     dist.destroy_process_group()
     return answer
 
@@ -186,6 +193,28 @@ def teach(rank: int) -> dict[str, Any]:
     }
 
 
+def teach_tasks(rank: int) -> dict[str, Any]:
+    """One step of a joint teacher of a member that segments and one that has classes and no segmentation."""
+    routes = {"a": Route((0,), 0, 2), "b": Route((0,), 0, 0)}
+    task_heads = {"b": {"classification": {"targets": [["grade", 3]]}, "detection": None}}
+    joint = JointUNet(make_unet(1, 2), routes, [Head(0, 2, False)], task_heads)
+    joint.uses_all_parameters = True
+    wrapped = DistributedDataParallel(joint)
+    joint.select("ab"[rank])
+    output = wrapped(torch.randn(2, 1, 32, 32))
+    outputs = [output.classification["grade"]] if rank else output
+    sum(own.square().mean() for own in outputs).backward()
+    found = torch.cat([p.grad.flatten() for p in joint.parameters() if p.grad is not None])
+    first = found.clone()
+    dist.broadcast(first, 0)
+    parts = (joint.decoder.stages[0], joint.task_heads["b"])
+    return {
+        "tasks_without_gradient": [name for name, value in joint.named_parameters() if value.grad is None],
+        "tasks_distance_to_first_process": float((found - first).norm()),
+        "tasks_parts_with_gradient": [any(bool(p.grad.any()) for p in part.parameters()) for part in parts],
+    }
+
+
 def make_loss(projectors: Mapping[str, nn.Module]) -> DistillationLoss:
     """Stock nnU-Net's loss under DDP, plus a term on logits and one on features, guarded."""
     supervised = DC_and_CE_loss(
@@ -195,7 +224,7 @@ def make_loss(projectors: Mapping[str, nn.Module]) -> DistillationLoss:
         DeepSupervisionWrapper(supervised, LEVEL_WEIGHTS),
         LEVEL_WEIGHTS,
         build_terms(parse_settings({"teachers": {"joint": {}}, "terms": TERMS}), {"joint": False}),
-        {"joint": match_label_spaces(SPACE, SPACE)[0]},
+        {"joint": Taught(("segmentation",), match_label_spaces(SPACE, SPACE)[0])},
         projectors,
         LEVELS,
         Guard(margin=0.1, exponent=4.0),

@@ -1,0 +1,45 @@
+"""Folders and single files as the input of a prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nnunet_kd.errors import NnUNetKDError
+from nnunet_kd.inference.input_files import input_images
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name in ("a_0000", "a_0001", "b_1_0000", "b_1_0001"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    return tmp_path
+
+
+def test_a_folder_stays_a_folder(images: Path) -> None:
+    assert input_images([str(images)], ".nii.gz", 2) == str(images)
+
+
+def test_files_are_grouped_by_case_in_the_order_of_their_channels(images: Path) -> None:
+    names = ["b_1_0001", "a_0000", "b_1_0000", "a_0001"]
+    found = input_images([str(images / f"{name}.nii.gz") for name in names], ".nii.gz", 2)
+    assert [[Path(file).name for file in case] for case in found] == [
+        ["b_1_0000.nii.gz", "b_1_0001.nii.gz"],
+        ["a_0000.nii.gz", "a_0001.nii.gz"],
+    ]
+
+
+def test_everything_that_is_wrong_is_named_at_once(images: Path) -> None:
+    (images / "a.nii.gz").touch()
+    (images / "other").mkdir()
+    (images / "other" / "a_0000.nii.gz").touch()
+    given = ["a_0000.nii.gz", "nothing_0000.nii.gz", "a.nii.gz", "other", "other/a_0000.nii.gz"]
+    with pytest.raises(NnUNetKDError) as error:
+        input_images([str(images / name) for name in given], ".nii.gz", 2)
+    message = str(error.value)
+    assert "nothing_0000.nii.gz does not exist" in message
+    assert "a.nii.gz is not named CASE_0000.nii.gz" in message
+    assert "other is a folder" in message
+    assert "a_0001.nii.gz" in message
+    assert "several cases are called a" in message
