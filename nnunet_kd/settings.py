@@ -74,19 +74,19 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Guard:
-    """What keeps a weak teacher from hurting (our design). See ``training/guard.py``.
+    """What keeps a weak teacher from hurting (our design). See ``training/guard.py``, also for the scores of the tasks.
 
-    ``margin``: the terms of a teacher fade out linearly while its Dice on the training batches falls behind the
+    ``margin``: the terms of a teacher fade out linearly while its score on the training batches falls behind the
     student's by up to this margin; null switches the fading off.
-    ``exponent``: the terms of a teacher are multiplied by its Dice on the training batches to this power; 0 is off.
+    ``exponent``: the terms of a teacher are multiplied by its score on the training batches to this power; 0 is off.
     """
 
     margin: float | None = None
     exponent: float = 0.0
 
     @property
-    def watches_dice(self) -> bool:
-        """Whether the Dice of teacher and student on the training batches is needed."""
+    def watches(self) -> bool:
+        """Whether the scores of teacher and student on the training batches are needed."""
         return self.margin is not None or self.exponent > 0
 
 

@@ -119,7 +119,7 @@ class DistillationLoss(nn.Module):
         self.guard = guard
         self.judges: dict[str, str | None] = {}  # term's name to the task by which the guard judges it
         self.competence: dict[str, dict[str, Competence]] = {name: {} for name in taught}
-        for term in terms if guard.watches_dice else ():
+        for term in terms if guard.watches else ():
             teacher = term.settings.teacher
             judge = self.judges[term.name] = judging_task(term.settings, taught[teacher].tasks)
             if judge is not None and judge not in self.competence[teacher]:

@@ -225,7 +225,7 @@ class nnUNetTrainerKDStudent(TaskTrainer):
             f"Teacher '{name}': {', '.join(str(file) for file in teacher.files)}, {', '.join(taught) or 'features'}",
             add_timestamp=False,
         )
-        if self.settings.guard.watches_dice and not teacher.taught.tasks:
+        if self.settings.guard.watches and not teacher.taught.tasks:
             self.print_to_log_file(
                 f"The terms of teacher '{name}' are not guarded: it has no task in common with "
                 f"{self.plans_manager.dataset_name} by which both could be compared.",
