@@ -177,8 +177,8 @@ def student_plans(scenario: str) -> str:
     return SMALL_PLANS if SCENARIOS[scenario].student_width == 1 else "nnUNetKDPlansHalf"
 
 
-def write_small_plans(folder: Path, width: float) -> None:
-    """The stock plans with narrow networks and a batch of 2, which a CPU can train."""
+def write_small_plans(folder: Path, width: float, batch_size: int = BATCH_SIZE) -> None:
+    """The stock plans with narrow networks and small batches, which a CPU can train."""
     from nnunet_kd.networks.width import scale_width
 
     plans = json.loads((folder / f"{BASE_PLANS}.json").read_text())
@@ -186,7 +186,7 @@ def write_small_plans(folder: Path, width: float) -> None:
     for configuration in plans["configurations"].values():
         if "architecture" in configuration:
             configuration["architecture"] = scale_width(configuration["architecture"], width, 8)
-            configuration["batch_size"] = BATCH_SIZE
+            configuration["batch_size"] = batch_size
     (folder / f"{SMALL_PLANS}.json").write_text(json.dumps(plans, indent=4))
 
 
