@@ -133,24 +133,27 @@ def evaluate_classification(
     num_groups = len(set(own_groups))
     present, absent = np.nan_to_num(labels), np.nan_to_num(1 - labels)  # [N, C]
 
-    values = _metrics(present[None], absent[None], scores, multilabel)
+    values = weighted_metrics(present[None], absent[None], scores, multilabel)
     used = {name: ~np.isnan(parts[0]) for name, parts in values.items()}
     drawn = resample_groups(own_groups, num_resamples, seed=seed, values_per_case=len(classes))
     resampled = _concatenated(
-        (_metrics(weights[..., None] * present, weights[..., None] * absent, scores, multilabel) for weights in drawn),
+        (
+            weighted_metrics(weights[..., None] * present, weights[..., None] * absent, scores, multilabel)
+            for weights in drawn
+        ),
         like=values,
     )
     orders = _permutations(len(labels), num_permutations, seed, values_per_case=len(classes))
     permuted = _concatenated(
-        (_metrics(present[order], absent[order], scores, multilabel) for order in orders), like=values
+        (weighted_metrics(present[order], absent[order], scores, multilabel) for order in orders), like=values
     )
 
     def macro(name: str) -> Interval:
-        value, samples = (_mean_over_parts(parts[name], used[name]) for parts in (values, resampled))
+        value, samples = (mean_over_parts(parts[name], used[name]) for parts in (values, resampled))
         return interval_of(float(value[0]), samples, num_groups)
 
     def chance(name: str) -> Interval:
-        samples = _mean_over_parts(permuted[name], used[name])
+        samples = mean_over_parts(permuted[name], used[name])
         return interval_of(float(np.mean(samples)) if samples.size else float("nan"), samples, len(labels))
 
     return ClassificationScores(
@@ -263,7 +266,7 @@ def _checked(
     return labels, scores
 
 
-def _metrics(positive: Array, negative: Array, probabilities: Array, multilabel: bool) -> Parts:
+def weighted_metrics(positive: Array, negative: Array, probabilities: Array, multilabel: bool) -> Parts:
     """Every metric for many weightings of the cases at once.
 
     Args:
@@ -341,7 +344,7 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
     return np.divide(numerator, denominator, out=np.full_like(denominator, np.nan), where=denominator > 0)
 
 
-def _mean_over_parts(parts: Array, used: NDArray[np.bool_]) -> Array:
+def mean_over_parts(parts: Array, used: NDArray[np.bool_]) -> Array:
     """Mean [R] over the parts that have a value on the full set of cases; NaN where one of these lacks it."""
     return parts[:, used].mean(axis=1) if used.any() else np.full(len(parts), np.nan)
 

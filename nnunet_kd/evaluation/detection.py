@@ -148,8 +148,8 @@ def evaluate_detection(
         msg = f"reference and predictions must have the same images; only one of them has {', '.join(differing[:5])}"
         raise ValueError(msg)
     cases = list(reference)
-    matched = [_match(reference[case], predictions[case]) for case in cases]
-    pools = [_Pool.of_class([image.get(label) for image in matched]) for label in range(len(classes))]
+    matched = [match_image(reference[case], predictions[case]) for case in cases]
+    pools = [DetectionPool.of_class([image.get(label) for image in matched]) for label in range(len(classes))]
     own_groups = group_keys(cases, groups)
     samples = [
         [(pool.average_precision(weights, 0.5), float(np.mean(pool.sensitivities(weights)))) for pool in pools]
@@ -187,7 +187,7 @@ def _iou(first: Array, second: Array) -> NDArray[Any]:
     return np.asarray(box_iou(first, second))
 
 
-def _match(reference: CaseBoxes, predicted: PredictedBoxes) -> dict[int, dict[str, NDArray[Any]]]:
+def match_image(reference: CaseBoxes, predicted: PredictedBoxes) -> dict[int, dict[str, NDArray[Any]]]:
     """Per class of one image: ``dtScores`` [D], falling; ``dtMatches`` [thresholds, D]; ``gtIgnore`` [boxes]."""
     labels, boxes, scores = (np.asarray(part) for part in predicted)
     (matches,) = matching_batch(
@@ -204,7 +204,7 @@ def _match(reference: CaseBoxes, predicted: PredictedBoxes) -> dict[int, dict[st
 
 
 @dataclass(frozen=True)
-class _Pool:
+class DetectionPool:
     """The detections of one class in all images, by falling score.
 
     Attributes:
@@ -220,7 +220,7 @@ class _Pool:
     num_boxes: NDArray[np.int64]
 
     @classmethod
-    def of_class(cls, images: Sequence[Mapping[str, NDArray[Any]] | None]) -> _Pool:
+    def of_class(cls, images: Sequence[Mapping[str, NDArray[Any]] | None]) -> DetectionPool:
         """Join the matches of all images; None is an image with neither boxes nor detections of the class."""
         present = [(index, match) for index, match in enumerate(images) if match is not None]
         score = np.concatenate([np.zeros(0), *(match["dtScores"] for _, match in present)])

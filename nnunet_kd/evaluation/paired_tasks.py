@@ -66,13 +66,13 @@ def classification_scoring(reference: Array, probabilities: Array, *, multilabel
         multilabel: Classes are findings, of which a case may have any number.
     """
     present, absent = np.nan_to_num(reference), np.nan_to_num(1 - reference)
-    once = classification._metrics(present[None], absent[None], probabilities, multilabel)
+    once = classification.weighted_metrics(present[None], absent[None], probabilities, multilabel)
     used = {name: ~np.isnan(once[name][0]) for name in CLASSIFICATION_METRICS}
 
     def score(weights: Array) -> dict[str, Array]:
         weighted = weights[..., None]
-        parts = classification._metrics(weighted * present, weighted * absent, probabilities, multilabel)
-        return {name: classification._mean_over_parts(parts[name], own) for name, own in used.items()}
+        parts = classification.weighted_metrics(weighted * present, weighted * absent, probabilities, multilabel)
+        return {name: classification.mean_over_parts(parts[name], own) for name, own in used.items()}
 
     return score
 
@@ -87,8 +87,8 @@ def detection_scoring(
         predictions: Boxes of the same images.
         num_classes: Number of classes.
     """
-    matched = [detection._match(*pair) for pair in zip(reference, predictions, strict=True)]
-    pools = [detection._Pool.of_class([image.get(label) for image in matched]) for label in range(num_classes)]
+    matched = [detection.match_image(*pair) for pair in zip(reference, predictions, strict=True)]
+    pools = [detection.DetectionPool.of_class([image.get(label) for image in matched]) for label in range(num_classes)]
     pools = [pool for pool in pools if pool.num_boxes.any()]
 
     def score(weights: Array) -> dict[str, Array]:
