@@ -20,6 +20,7 @@ from nnunet_kd.planners.tasks import with_heads
 from nnunet_kd.settings import BLOCK, DESCRIPTION_KEYS, merge, parse_settings, read_user_settings
 
 MIN_FEATURES = 8
+MEMBER_PLANS = "nnUNetKDPlans"  # as nnUNetKD_plan_and_preprocess names them by default
 
 
 def write_member_plans(member: str, base_plans: str, plans_name: str, joint_name: str | None) -> Path:
@@ -101,7 +102,9 @@ def plan_student(
     for configuration in plans["configurations"].values():
         if "architecture" in configuration:
             configuration["architecture"] = scale_width(configuration["architecture"], width, min_features)
-    plans = with_heads(plans, dataset, base_plans, _existing_plans(dataset, plans_name))
+    # a student and its member's plans must agree on anchors to be compared with one teacher
+    before = _existing_plans(dataset, plans_name) or _existing_plans(dataset, MEMBER_PLANS)
+    plans = with_heads(plans, dataset, base_plans, before)
     plans["plans_name"] = plans_name
     plans[BLOCK] = block
     write_json(path, plans)

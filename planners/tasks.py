@@ -172,11 +172,13 @@ def member_heads(member: Member, before: Heads = (None, None)) -> Heads:
         if (before[0] or {}).get("targets") == classification["targets"]:
             classification = before[0]
     detection = None
-    if tasks.detection is not None and (before[1] or {}).get("classes") == list(tasks.detection.classes):
-        detection = before[1]
-    elif tasks.detection is not None and _can_detect(member):
-        strides = np.cumprod(np.array(member.configuration_manager.pool_op_kernel_sizes), axis=0)[:-1]
-        detection = _detection(member, tasks, strides.tolist())
+    if tasks.detection is not None:
+        strides = np.cumprod(np.array(member.configuration_manager.pool_op_kernel_sizes), axis=0)[:-1].tolist()
+        same_classes = (before[1] or {}).get("classes") == list(tasks.detection.classes)
+        if same_classes and _has_levels(before[1], strides):
+            detection = before[1]
+        elif _can_detect(member):
+            detection = _detection(member, tasks, strides)
     return classification, detection
 
 
@@ -194,14 +196,18 @@ def teacher_heads(member: Member, plans_name: str, strides: Sequence[Sequence[in
     file = member.base_folder / f"{plans_name}.json"
     existing = read_json(file, "Delete the broken file or choose another -plans_name.") if file.is_file() else None
     classification, detection = member_heads(member, _heads(existing, member.configuration))
-    decoder = [list(stride) for stride in strides]
-    if detection is not None and not all(list(stride) in decoder for stride in detection["strides"]):
-        detection = _detection(member, Tasks.from_dataset_json(member.dataset_json), decoder)
+    if detection is not None and not _has_levels(detection, strides):
+        detection = _detection(member, Tasks.from_dataset_json(member.dataset_json), strides)
         print(
             f"INFO: the joint teacher's decoder has not the strides of {member.name} in {member.configuration}, so its "
             f"boxes get anchors of their own there: the teacher learns them, but cannot teach boxes."
         )
     return classification, detection
+
+
+def _has_levels(detection: Mapping[str, Any] | None, strides: Sequence[Sequence[int]]) -> bool:
+    """Whether a decoder of these strides has the levels of a detection head."""
+    return detection is not None and all(list(stride) in list(map(list, strides)) for stride in detection["strides"])
 
 
 def _detection(member: Member, tasks: Tasks, strides: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nnunet_kd.inference.input_files import input_images
     from nnunet_kd.inference.predict import build_predictor, has_heads
     from nnunet_kd.inference.trained_model import open_model
-    from nnunet_kd.spaces.channels import channel_names
 
     if not 0 <= args.part_id < args.num_parts:
         raise NnUNetKDError(f"-part_id {args.part_id} must be at least 0 and below -num_parts {args.num_parts}.")
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{model.folder} is the second stage of a cascade. Predict {previous_stage} first and give its folder with "
             f"-prev_stage_predictions."
         )
-    images = input_images(args.i, predictor.dataset_json["file_ending"], len(channel_names(predictor.dataset_json)))
+    images = input_images(args.i, predictor.dataset_json["file_ending"])
     os.makedirs(args.o, exist_ok=True)
     shared = {
         "save_probabilities": args.save_probabilities,

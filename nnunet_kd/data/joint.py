@@ -143,6 +143,7 @@ class JointDataset:
                     "previous_stage_labels": list(entry.previous_stage_labels),
                     "label_map": entry.label_map,
                     TASK_HEADS: self.task_heads.get(configuration, {}).get(name),
+                    "tasks": Tasks.from_dataset_json(entry.description["dataset_json"]).meaning,
                     **{part: entry.state.get(configuration, {}).get(part) for part in ("plans", "dataset.json")},
                 }
                 for name, entry in self.members.items()

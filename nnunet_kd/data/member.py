@@ -18,6 +18,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.spaces.labels import LabelSpace
@@ -170,9 +171,11 @@ class Member:
     def planned_state(self) -> dict[str, str]:
         """The part of the state that a network's meaning depends on: plans and dataset.json."""
         plans = {key: value for key, value in self.plans.items() if key != "configurations"}
+        tasks = Tasks.from_dataset_json(self.dataset_json)
+        meaning = [] if tasks.is_segmentation_only else [tasks.meaning]
         return {
             "plans": _hash([plans, self.configuration_manager.configuration]),
-            "dataset.json": _hash([self.dataset_json["labels"], list(self.channel_names)]),
+            "dataset.json": _hash([self.dataset_json["labels"], list(self.channel_names), *meaning]),
         }
 
 

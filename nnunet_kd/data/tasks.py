@@ -121,6 +121,18 @@ class Tasks:
         )
 
     @property
+    def meaning(self) -> dict[str, Any]:
+        """What the outputs of heads for these tasks mean, as plain JSON types: targets and classes in their order."""
+        return {
+            "segmentation": self.segmentation,
+            "classification": [
+                {"name": own.name, "classes": list(own.classes), "multilabel": own.multilabel}
+                for own in self.classification
+            ],
+            "detection": None if self.detection is None else list(self.detection.classes),
+        }
+
+    @property
     def groups_file(self) -> str:
         """The file with the column ``split_by``: the first classification target's, else classification.csv."""
         return self.classification[0].file if self.classification else CLASSIFICATION_FILE

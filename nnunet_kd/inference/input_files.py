@@ -9,16 +9,17 @@ from pathlib import Path
 from nnunet_kd.errors import NnUNetKDError
 
 
-def input_images(given: Sequence[str], file_ending: str, num_channels: int) -> str | list[list[str]]:
+def input_images(given: Sequence[str], file_ending: str) -> str | list[list[str]]:
     """What stock nnU-Net's ``predict_from_files`` takes: the folder, or one list of channel files per case.
 
     Args:
         given: One folder, or files named ``CASE_0000`` and on; the channels of a case may come in any order.
         file_ending: Of the training images.
-        num_channels: Files per case.
 
     Raises:
-        NnUNetKDError: Something does not exist, is named otherwise, or a case lacks a channel; lists all of it.
+        NnUNetKDError: Something does not exist, is named otherwise, or a case lacks a channel that it or another case
+            must have; lists all of it. Whether the files hold all channels (a colour image is one file) is checked when
+            they are read.
     """
     if len(given) == 1 and Path(given[0]).is_dir():
         return given[0]
@@ -34,12 +35,13 @@ def input_images(given: Sequence[str], file_ending: str, num_channels: int) -> s
             problems.append(f"{name} is not named CASE_0000{file_ending}, as the training images are")
         else:
             cases[case][int(channel)] = name
+    num_files = 1 + max((channel for files in cases.values() for channel in files), default=0)
     for case, files in cases.items():
-        missing = [f"{case}_{channel:04d}{file_ending}" for channel in range(num_channels) if channel not in files]
+        missing = [f"{case}_{channel:04d}{file_ending}" for channel in range(num_files) if channel not in files]
         if missing:
             problems.append(f"{Path(case).name} lacks {', '.join(missing)}")
     names = [Path(case).name for case in cases]
     problems += [f"several cases are called {name}" for name in sorted({n for n in names if names.count(n) > 1})]
     if problems:
         raise NnUNetKDError("The input (-i) cannot be predicted:\n  " + "\n  ".join(problems))
-    return [[files[channel] for channel in sorted(files)][:num_channels] for files in cases.values()]
+    return [[files[channel] for channel in sorted(files)] for files in cases.values()]

@@ -166,7 +166,11 @@ class JointUNet(nn.Module):
         return found._replace(segmentation=outputs, features=features)
 
     def _with_all_parameters(self, found: TaskOutputs) -> TaskOutputs:
-        """Under DDP every parameter must get a gradient, also those that only another rank's member uses: zero."""
+        """Under DDP every parameter must get a gradient, also those that only another rank's member uses: zero.
+
+        So under DDP the optimizer's momentum moves heads of members that were not drawn, as it moves output channels;
+        on one device it leaves them alone.
+        """
         if not self.uses_all_parameters:
             return found
         nothing = sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad) * 0

@@ -207,9 +207,10 @@ class DetectionTask:
         )
         if len(box):
             # MONAI raises on NaN, but under AMP an overflow must reach the gradient scaler, which skips the step
-            matched = _at(codes, image, anchor).float().nan_to_num(0.0, 0.0, 0.0)
-            decoded = self.coder.decode_single(matched, anchors[anchor])
+            matched = _at(codes, image, anchor).float()
+            decoded = self.coder.decode_single(matched.nan_to_num(0.0, 0.0, 0.0), anchors[anchor])
             box_regression = self.box_loss(decoded, torch.cat([of_image.to(anchors) for of_image in boxes])[box])
+            box_regression = box_regression + matched.sum() * 0
         else:
             box_regression = codes.float().sum() * 0
         return {"classification": classification.sum(1).mean(), "box_regression": box_regression}

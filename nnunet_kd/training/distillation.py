@@ -155,6 +155,9 @@ class DistillationLoss(nn.Module):
             found, features = output if _has_features(output) else (output, [])
             student = TaskOutputs(list(found) if isinstance(found, (list, tuple)) else [found], features)
             total = self.supervised(student.segmentation if several else student.segmentation[0], target)
+        if not student.segmentation:
+            # the features of a term that has no weight yet: under DDP every parameter must get a gradient
+            total = total + sum(feature.sum() for feature in student.features) * 0
         if not self.teacher_outputs:
             return total
         tapped = dict(zip(self.levels, student.features, strict=True))
@@ -260,7 +263,8 @@ class DistillationLoss(nn.Module):
                     assert student.detection is not None
                     tasks = self.supervised
                     own, other = (tasks.detection.flatten(maps)[0] for maps in (student.detection, teacher.boxes))
-                    competence.update(own, other, tasks.matches, tasks.box_labels)
+                    anchors = tasks.detection.anchors(student.detection)
+                    competence.update(own, other, anchors, tasks.matches, tasks.boxes, tasks.box_labels)
 
 
 def common_target(target: Tensor, label_map: LabelMap) -> tuple[Tensor, Tensor | None]:

@@ -9,8 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from nnunet_kd.tasks.box_merging import paired_iou
+
 COMPETENCE_MOMENTUM = 0.98  # about the last 50 steps
 SMALL = 1e-8
+NEAR = 0.1  # an anchor with this IoU is beside a box, not a false alarm; detection is scored from this IoU on
 
 
 class Competence(ABC):
@@ -101,25 +104,51 @@ class ClassificationCompetence(Competence):
 
 
 class DetectionCompetence(Competence):
-    """Soft Dice of the class probabilities p of all anchors and their truth y: 2 sum(p y) / (sum(p^2) + sum(y)).
+    """Soft Dice of boxes: 2 sum(b) / (boxes + sum(b) + sum(f)).
 
-    Counts: [2, 3 (sum of p y, of p^2, of y)].
+    b is a true box's highest class probability among the anchors matched to it, f an image's highest probability among
+    the anchors that hardly overlap any of its boxes. The anchors beside a matched one say nothing: they fire as well,
+    and suppression drops them. Counts: [2, 3 (sum of b, of f, boxes)].
     """
 
-    measure = "soft Dice of anchors"
+    measure = "soft Dice of boxes"
 
     @torch.no_grad()
-    def update(self, student: Tensor, teacher: Tensor, matches: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
-        """Add a batch: class logits [B, N, classes] of both, per image the box of each anchor and the boxes' labels."""
-        truth = torch.stack(
-            [_classes_of_anchors(match, own, student.shape[2]) for match, own in zip(matches, labels, strict=True)]
-        )
-        self._add(*(_sum_anchors(logits, truth) for logits in (student, teacher)))
+    def update(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        anchors: Tensor,
+        matches: Sequence[Tensor],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            student: Class logits [B, N, classes].
+            teacher: The same of the teacher.
+            anchors: [N, 2 * dim].
+            matches: Per image [N], the box of each anchor or -1.
+            boxes: Per image [n, 2 * dim].
+            labels: Per image [n].
+        """
+        counts = []
+        for image, (match, own, classes) in enumerate(zip(matches, boxes, labels, strict=True)):
+            own = own.to(anchors)
+            is_matched = match == torch.arange(len(own), device=match.device)[:, None]  # [n, N]
+            is_near = (paired_iou(own[:, None], anchors) >= NEAR) | is_matched
+            both = torch.stack((student[image], teacher[image])).float().sigmoid()  # [2, N, classes]
+            of_boxes = both[:, :, classes.to(match.device)].transpose(1, 2).where(is_matched, 0.0).amax(2)
+            false_alarm = both.amax(2).where(~is_near.any(0), 0.0).amax(1)
+            found = of_boxes.sum(1)
+            counts.append(torch.stack((found, false_alarm, torch.full_like(found, len(own))), 1))
+        self._add(*torch.stack(counts).sum(0))
 
     def scores(self) -> tuple[Tensor, Tensor]:
         """Over all classes together; 0 where no box has been seen."""
-        overlap, squares, truth = self._counts().unbind(1)
-        student, teacher = (2 * overlap / (squares + truth).clamp(min=SMALL)).unbind(0)
+        found, false_alarms, boxes = self._counts().unbind(1)
+        student, teacher = (2 * found / (boxes + found + false_alarms).clamp(min=SMALL)).unbind(0)
         return student, teacher
 
 
@@ -168,17 +197,3 @@ def _count_cases(logits: Tensor, labels: Tensor, multilabel: bool) -> Tensor:
     present = labels > 0.5
     cells = (predicted & present, predicted & ~present, ~predicted & present, ~predicted & ~present)
     return torch.stack([(cell & known).sum(0) for cell in cells]).float()
-
-
-def _classes_of_anchors(match: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """1 where an anchor [N] is matched to a box of the class, else 0: [N, classes]."""
-    if not len(labels):
-        return torch.zeros(len(match), num_classes, device=match.device)
-    classes = labels.to(match.device)[match.long().clamp(min=0)]
-    of_class = classes[:, None] == torch.arange(num_classes, device=match.device)
-    return (of_class & (match >= 0)[:, None]).float()
-
-
-def _sum_anchors(logits: Tensor, truth: Tensor) -> Tensor:
-    probabilities = logits.float().sigmoid()
-    return torch.stack([(probabilities * truth).sum(), probabilities.square().sum(), truth.sum()])

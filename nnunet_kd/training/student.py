@@ -43,7 +43,7 @@ from nnunet_kd.teachers.nnunet import NNUNetTeacher, Student
 from nnunet_kd.training.distillation import POOLED, DistillationLoss, build_terms, projector_name
 from nnunet_kd.training.progress import append_curves
 from nnunet_kd.training.task_loss import TaskLoss
-from nnunet_kd.training.task_trainer import TaskTrainer
+from nnunet_kd.training.task_trainer import TaskTrainer, need_heads
 from nnunet_kd.training.terms import asked_task, default_terms, fit_terms, is_pooled
 
 SETTINGS_FILE = "nnunet_kd_settings.json"
@@ -67,8 +67,10 @@ class nnUNetTrainerKDStudent(TaskTrainer):
     ) -> None:
         # The default terms depend on what the network learns.
         architecture = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
-        classification, detection = planned_heads(architecture) or (None, None)
-        self.planned_tasks = Tasks.from_dataset_json(dataset_json).with_heads(classification, detection)
+        heads, declared = planned_heads(architecture), Tasks.from_dataset_json(dataset_json)
+        need_heads(plans, heads, declared)
+        classification, detection = heads or (None, None)
+        self.planned_tasks = declared.with_heads(classification, detection)
         self.planned_boxes = None if detection is None else DetectionPlan.from_dict(detection)
         super().__init__(plans, configuration, fold, dataset_json, device)
 
@@ -114,7 +116,7 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         if not hasattr(self, "projector_shapes"):  # else they come from the checkpoint that is being resumed
             self.teachers = self._make_teachers()
             self.projector_shapes: dict[str, tuple[int, int, int]] | None = None
-        self.levels = _levels(self.settings.terms)
+        self.levels = _levels([term for term in self.settings.terms if term.weight != 0])
         super().initialize()
 
     def _make_teachers(self) -> dict[str, NNUNetTeacher]:
@@ -141,6 +143,8 @@ class nnUNetTrainerKDStudent(TaskTrainer):
             if term.teacher in teachers
         }
         for index, refusal in refusals.items():
+            if refusal is not None and hasattr(self, "restored_competence"):
+                raise TeacherError(f"The training that is continued had the term {index} of its settings. {refusal}")
             if refusal is not None and not self.has_default_terms:
                 raise TeacherError(f"'terms[{index}]': {refusal} Or remove the term.")
         for refusal in dict.fromkeys(refusal for refusal in refusals.values() if refusal is not None):

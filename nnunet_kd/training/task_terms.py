@@ -69,14 +69,15 @@ def box_class_term(loss: nn.Module, detection: DetectionTask, student: BoxMaps, 
 def box_regression_term(loss: Any, detection: DetectionTask, student: BoxMaps, teacher: BoxMaps) -> Tensor:
     """``loss`` between the boxes at the anchors where the teacher's highest class probability exceeds its threshold."""
     logits, teacher_codes = detection.flatten(teacher)
-    # MONAI raises on NaN, but under AMP an overflow must reach the gradient scaler, which skips the step
-    student_codes = detection.flatten(student)[1].nan_to_num(0.0, 0.0, 0.0)
     scores = logits.sigmoid().amax(2)  # [B, N]
-    confident = scores > loss.threshold
-    anchors = detection.anchors(student).expand(len(scores), -1, -1)[confident]
-    decoded = [detection.coder.decode_single(codes[confident], anchors) for codes in (student_codes, teacher_codes)]
-    value: Tensor = loss(*decoded, scores[confident])
-    return value
+    image, anchor = ((scores > loss.threshold) & teacher_codes.isfinite().all(2)).nonzero(as_tuple=True)
+    anchors = detection.anchors(student)[anchor]
+    own = detection.flatten(student)[1][image, anchor]
+    # MONAI raises on NaN, but under AMP an overflow must reach the gradient scaler, which skips the step
+    student_boxes = detection.coder.decode_single(own.nan_to_num(0.0, 0.0, 0.0), anchors)
+    teacher_boxes = detection.coder.decode_single(teacher_codes[image, anchor], anchors)
+    value: Tensor = loss(student_boxes, teacher_boxes, scores[image, anchor])
+    return value + own.sum() * 0
 
 
 def _decisions(teacher: Tensor, labels: Tensor, multilabel: bool) -> Tensor:

@@ -21,7 +21,7 @@ from nnunet_kd.data.task_data import TaskData
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.environment import environment, replaced
 from nnunet_kd.errors import SettingsError
-from nnunet_kd.networks.multitask import TaskOutputs, planned_heads
+from nnunet_kd.networks.multitask import Heads, TaskOutputs, planned_heads
 from nnunet_kd.tasks.classification import ClassificationLoss, class_weights
 from nnunet_kd.tasks.detection import DetectionTask
 from nnunet_kd.tasks.detection_plan import DetectionPlan
@@ -43,11 +43,7 @@ class TaskTrainer(KDTrainer):
         self.detection_plan: DetectionPlan | None = None
         heads = planned_heads(self.configuration_manager.configuration["architecture"])
         declared = Tasks.from_dataset_json(self.dataset_json)
-        if heads is None and not declared.segmentation:
-            raise SettingsError(
-                f"{self.plans_manager.dataset_name} has no segmentations, and {self.plans_manager.plans_name} has no "
-                f"heads for its tasks. Train with -p nnUNetKDPlans, which nnUNetKD_plan_and_preprocess writes."
-            )
+        need_heads(self.plans_manager.plans, heads, declared)
         if heads is None and not declared.is_segmentation_only:
             self.print_to_log_file(
                 f"{self.plans_manager.plans_name} has no heads for the classes and boxes that dataset.json declares: "
@@ -88,6 +84,32 @@ class TaskTrainer(KDTrainer):
         """The supervised loss of the tasks."""
         loss: Any = self.loss
         return loss
+
+    # ---- checkpoint -------------------------------------------------------------------------------------------------
+
+    def checkpoint_extra(self) -> dict[str, Any]:
+        """Also what the outputs of the heads mean."""
+        meaning = self._meaning()
+        return {**super().checkpoint_extra(), **({} if meaning is None else {"tasks": meaning})}
+
+    def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
+        """Refuse to go on where the outputs of the heads meant something else.
+
+        Raises:
+            SettingsError: Classes were renamed or reordered in dataset.json since.
+        """
+        super().load_checkpoint_extra(extra)
+        now = self._meaning() if "tasks" in extra else None
+        if extra.get("tasks") != now:
+            raise SettingsError(
+                f"The checkpoint in {self.output_folder} was trained on the tasks {extra['tasks']}, but dataset.json "
+                f"declares {now} now. Put back the names and the order of the classes, or train from the start under "
+                f"another plans name (nnUNetKD_plan_student -plans_name)."
+            )
+
+    def _meaning(self) -> dict[str, Any] | None:
+        heads = planned_heads(self.configuration_manager.configuration["architecture"])
+        return None if heads is None else Tasks.from_dataset_json(self.dataset_json).with_heads(*heads).meaning
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -216,3 +238,12 @@ class TaskTrainer(KDTrainer):
 
     def _curves(self) -> list[str]:
         return [] if self.tasks is None else TaskScores(self.tasks).names
+
+
+def need_heads(plans: dict[str, Any], heads: Heads | None, declared: Tasks) -> None:
+    """Raise SettingsError where plans have nothing to learn from a dataset without segmentations."""
+    if heads is None and not declared.segmentation:
+        raise SettingsError(
+            f"{plans['dataset_name']} has no segmentations, and {plans['plans_name']} has no heads for its tasks. "
+            f"Train with -p nnUNetKDPlans, which nnUNetKD_plan_and_preprocess writes."
+        )

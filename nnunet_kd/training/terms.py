@@ -65,7 +65,9 @@ def fit_terms(terms: Collection[Term], dataset: str, tasks: Tasks, detection_pla
             )
         if is_imitation(term) and not term.levels:
             assert detection_plan is not None  # the dataset has boxes
-            term = replace(term, levels=[f"decoder@1/{stride[-1]}" for stride in detection_plan.strides])
+            # levels are named by their stride along the last axis, in which several may agree
+            levels = dict.fromkeys(f"decoder@1/{stride[-1]}" for stride in detection_plan.strides)
+            term = replace(term, levels=list(levels))
         fitted.append(term)
     return fitted
 

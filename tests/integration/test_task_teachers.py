@@ -205,6 +205,26 @@ def test_a_target_that_was_declared_later_is_noticed(trained: Any, tmp_path: Pat
     shutil.rmtree(tmp_path)
 
 
+def test_reordered_classes_are_noticed_by_the_teacher_and_by_a_resumed_control(trained: Any, tmp_path: Path) -> None:
+    world = trained.copy(tmp_path)
+    small = {**SETTINGS, "training": {**SETTINGS["training"], "num_iterations_per_epoch": 1}}
+    arguments: dict[str, Any] = {"configuration": "2d", "settings": small}
+    world.train(22, "Control", "-p", "nnUNetKDPlans", **arguments)
+    for root in (world.raw, world.preprocessed):
+        file = root / CLASSES / "dataset.json"
+        declared = read(file)
+        declared["nnunet_kd"]["tasks"]["classification"]["classes"] = ["large", "small"]
+        file.write_text(json.dumps(declared))
+    output = world.train(22, "Control", "-p", "nnUNetKDPlans", "--val", check=False, **arguments)
+    assert "order of the classes" in output
+    arguments["settings"] = SETTINGS
+    output = world.train(920, "Teacher", "-p", "nnUNetKDPlans", "--c", check=False, **arguments)
+    assert f"{CLASSES} changed since {JOINT} was planned (dataset.json)" in output
+    output = world.plan("-d", "21", "22", "23", "24", "--joint", "920", "-c", "2d", "--width", "0.25")
+    assert "do not fit nnUNetKDPlans any more" in " ".join(output.split())
+    shutil.rmtree(tmp_path)
+
+
 def test_members_without_any_segmentation_are_joined(planned: Any, tmp_path: Path) -> None:
     world = planned.copy(tmp_path)
     output = world.plan("-d", "22", "23", "--joint", "921", "-c", "2d", "--width", "0.25")

@@ -18,25 +18,38 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_a_folder_stays_a_folder(images: Path) -> None:
-    assert input_images([str(images)], ".nii.gz", 2) == str(images)
+    assert input_images([str(images)], ".nii.gz") == str(images)
 
 
 def test_files_are_grouped_by_case_in_the_order_of_their_channels(images: Path) -> None:
     names = ["b_1_0001", "a_0000", "b_1_0000", "a_0001"]
-    found = input_images([str(images / f"{name}.nii.gz") for name in names], ".nii.gz", 2)
+    found = input_images([str(images / f"{name}.nii.gz") for name in names], ".nii.gz")
     assert [[Path(file).name for file in case] for case in found] == [
         ["b_1_0000.nii.gz", "b_1_0001.nii.gz"],
         ["a_0000.nii.gz", "a_0001.nii.gz"],
     ]
 
 
+def test_a_colour_image_is_one_file(images: Path) -> None:
+    (images / "c_0000.nii.gz").touch()
+    assert input_images([str(images / "c_0000.nii.gz")], ".nii.gz") == [[str(images / "c_0000.nii.gz")]]
+
+
 def test_everything_that_is_wrong_is_named_at_once(images: Path) -> None:
     (images / "a.nii.gz").touch()
     (images / "other").mkdir()
     (images / "other" / "a_0000.nii.gz").touch()
-    given = ["a_0000.nii.gz", "nothing_0000.nii.gz", "a.nii.gz", "other", "other/a_0000.nii.gz"]
+    given = [
+        "a_0000.nii.gz",
+        "b_1_0000.nii.gz",
+        "b_1_0001.nii.gz",
+        "nothing_0000.nii.gz",
+        "a.nii.gz",
+        "other",
+        "other/a_0000.nii.gz",
+    ]
     with pytest.raises(NnUNetKDError) as error:
-        input_images([str(images / name) for name in given], ".nii.gz", 2)
+        input_images([str(images / name) for name in given], ".nii.gz")
     message = str(error.value)
     assert "nothing_0000.nii.gz does not exist" in message
     assert "a.nii.gz is not named CASE_0000.nii.gz" in message

@@ -154,22 +154,52 @@ def test_batch_without_labels_does_no_harm() -> None:
 
 
 # --- detection --------------------------------------------------------------------------------------------------------
-def test_soft_dice_of_anchors() -> None:
+ANCHORS = torch.tensor([[0, 0, 4, 4], [1, 1, 5, 5], [0, 3, 4, 7], [20, 20, 24, 24], [8, 8, 12, 12]]).float()
+
+
+def brute_iou(first: list[float], second: list[float]) -> float:
+    sides = [max(0, min(first[a + 2], second[a + 2]) - max(first[a], second[a])) for a in (0, 1)]
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    return sides[0] * sides[1] / (sum(areas) - sides[0] * sides[1])
+
+
+def test_soft_dice_of_boxes() -> None:
     generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(3, 4, 2, generator=generator), torch.randn(3, 4, 2, generator=generator)
-    matches = [torch.tensor([-1, 0, 1, -1]), torch.tensor([-1, -1, -1, -1]), torch.tensor([0, 0, -1, -1])]
+    student, teacher = torch.randn(3, 5, 2, generator=generator), torch.randn(3, 5, 2, generator=generator)
+    matches = [torch.tensor([0, 0, -1, -1, 1]), torch.full((5,), -1), torch.tensor([-1, -1, -1, 0, -1])]
+    boxes = [
+        torch.tensor([[0, 0, 4, 5], [8, 8, 12, 12]]).float(),
+        torch.zeros(0, 4),
+        torch.tensor([[19, 19, 25, 25.0]]),
+    ]
     labels = [torch.tensor([1, 0]), torch.zeros(0, dtype=torch.long), torch.tensor([1])]
-    positive = {(0, 1, 1), (0, 2, 0), (2, 0, 1), (2, 1, 1)}  # image, anchor, class
     competence = DetectionCompetence()
-    competence.update(student, teacher, matches, labels)
+    competence.update(student, teacher, ANCHORS, matches, boxes, labels)
     for score, logits in zip(competence.scores(), (student, teacher), strict=True):
-        p = logits.sigmoid()
-        overlap = sum(float(p[index]) for index in positive)
-        assert float(score) == pytest.approx(2 * overlap / (float((p**2).sum()) + len(positive)))
+        found = false = 0.0
+        for image, p in enumerate(logits.sigmoid().tolist()):
+            own = boxes[image].tolist()
+            for index, label in enumerate(labels[image].tolist()):
+                found += max(p[a][label] for a in range(5) if matches[image][a] == index)
+            far = [a for a in range(5) if matches[image][a] < 0]
+            far = [a for a in far if all(brute_iou(ANCHORS[a].tolist(), box) < 0.1 for box in own)]
+            false += max((max(p[a]) for a in far), default=0.0)
+        assert float(score) == pytest.approx(2 * found / (3 + found + false))
 
 
 def test_no_box_at_all_is_no_competence() -> None:
     competence = DetectionCompetence()
-    none = [torch.full((4,), -1)], [torch.zeros(0, dtype=torch.long)]
-    competence.update(torch.zeros(1, 4, 2), torch.zeros(1, 4, 2), *none)
+    none = [torch.full((5,), -1)], [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.long)]
+    competence.update(torch.zeros(1, 5, 2), torch.zeros(1, 5, 2), ANCHORS, *none)
     assert [float(score) for score in competence.scores()] == [0, 0]
+
+
+def test_a_good_detector_is_trusted_and_a_poor_one_is_not() -> None:
+    """Probabilities as trained detectors give them: neighbours of a match fire as well, far anchors hardly do."""
+    good, poor = torch.tensor([0.5, 0.8, 0.6, 0.05, 0.1]), torch.tensor([0.15, 0.2, 0.15, 0.2, 0.15])
+    competence = DetectionCompetence()
+    matches, boxes, labels = [torch.tensor([-1, 0, -1, -1, -1])], [torch.tensor([[1, 1, 5, 5.0]])], [torch.tensor([0])]
+    competence.update(poor.logit()[None, :, None], good.logit()[None, :, None], ANCHORS, matches, boxes, labels)
+    student, teacher = (float(score) for score in competence.scores())
+    assert teacher**4 > 0.4
+    assert student**4 < 0.01

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from nnunet_kd.tasks.classification import ClassificationLoss, Pooled
 from nnunet_kd.tasks.detection import BoxMaps, DetectionPlan, DetectionTask
 from nnunet_kd.teachers.output import Taught, TeacherOutput, task_names
 from nnunet_kd.training.distillation import POOLED, DistillationLoss, build_terms, projector_name
+from nnunet_kd.training.guard import DetectionCompetence
 from nnunet_kd.training.task_loss import TaskLoss
+from nnunet_kd.training.task_terms import box_regression_term
 
 PLAN = DetectionPlan(strides=((4, 4), (8, 8)), anchors=(((6.0, 6.0),), ((10.0, 10.0),)), classes=("a", "b"))
 NAN = float("nan")
@@ -238,6 +241,25 @@ def test_boxes_are_compared_where_the_teacher_is_sure(threshold: float) -> None:
     assert student.detection.box_regression[0].grad is not None
 
 
+def test_an_overflow_of_the_student_is_seen_and_one_of_the_teacher_is_left_out() -> None:
+    student, teacher = student_outputs(), teacher_output()
+    assert student.detection is not None
+    assert teacher.boxes is not None
+    term = {"on": "boxes", "loss": "giou", "options": {"threshold": 0.0}}
+    built = make_loss(term)
+    finite = float(raw_value(built, student, teacher))
+    with torch.no_grad():
+        teacher.boxes.box_regression[0][0, 0, 0, 0] = torch.inf
+    left_out = float(raw_value(make_loss(term), student, teacher))
+    assert np.isfinite(left_out)
+    assert left_out != finite
+    with torch.no_grad():
+        student.detection.box_regression[0][0, 0, -1, -1] = torch.nan
+    assert np.isnan(
+        float(box_regression_term(built.terms[0].loss, DetectionTask(PLAN), student.detection, teacher.boxes))
+    )
+
+
 def test_imitation_sees_the_boxes_of_the_batch() -> None:
     student, teacher = student_outputs(), teacher_output()
     loss = make_loss({"on": "boxes", "loss": "imitation", "levels": ["decoder@1/4"]})
@@ -286,19 +308,13 @@ def test_detection_is_judged_at_the_anchors_that_the_supervised_loss_matched() -
     raw_value(loss, student, teacher)
     task = DetectionTask(PLAN)
     matches = task.matches(student.detection, loss.supervised.boxes)
-    labels = [[1, 0], []]
-    overlap = squares = truth = 0.0
-    logits = task.flatten(teacher.boxes)[0]
-    for image in (0, 1):
-        for anchor in range(logits.shape[1]):
-            match = int(matches[image][anchor])
-            for c in (0, 1):
-                p = float(logits[image, anchor, c].sigmoid())
-                y = match >= 0 and labels[image][match] == c
-                overlap, squares, truth = overlap + p * y, squares + p * p, truth + y
-    assert truth >= 2
-    score = loss.competence["joint"]["detection"].scores()[1]
-    assert float(score) == pytest.approx(2 * overlap / (squares + truth), rel=1e-5)
+    expected = DetectionCompetence()
+    logits = (task.flatten(maps)[0] for maps in (student.detection, teacher.boxes))
+    supervised = loss.supervised
+    expected.update(*logits, task.anchors(student.detection), matches, supervised.boxes, supervised.box_labels)
+    found = loss.competence["joint"]["detection"].scores()
+    assert 0 < float(found[1]) < 1
+    assert [float(score) for score in found] == [float(score) for score in expected.scores()]
 
 
 def test_teacher_without_a_common_task_is_not_judged() -> None:
@@ -315,3 +331,12 @@ def test_what_is_asked_follows_the_schedules() -> None:
     loss = make_loss({"on": "boxes", "loss": "kl", "schedule": late})
     assert loss.asked(0.2) == {}
     assert loss.asked(0.7) == loss.asked() == {"joint": {"detection"}}
+
+
+def test_features_of_a_term_without_weight_yet_get_a_gradient_of_zeros() -> None:
+    """DDP waits for the gradient of every parameter, also of a decoder that only a term on features uses."""
+    student = student_outputs()
+    loss = make_loss({"on": "features", "loss": "mse", "levels": ["decoder@1/4"]})
+    loss(student, [torch.zeros(2, 1, 16, 16)]).backward()
+    assert student.features[0].grad is not None
+    assert not student.features[0].grad.any()
