@@ -36,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table = report(demo.datasets(), demo.output)
     print(f"\n{table}\n")
     held_out = "held-out test cases" if settings.raw is None else f"validation cases of fold {settings.fold}"
-    print(f"Dice on the {held_out}; intervals by bootstrap over cases; p by Wilcoxon's signed-rank test.")
+    print(
+        f"On the {held_out}; intervals by bootstrap over cases. Dice is the mean over cases, with p by Wilcoxon's "
+        f"signed-rank test. AUROC and AP are of all cases at once (1 won, lost or tied), with p by bootstrap."
+    )
     print(f"Written to {demo.output}: table.md, table.csv, cases.csv, figure.png ({time.monotonic() - start:.0f} s)")
 
 
@@ -49,7 +52,7 @@ def parse(arguments: Sequence[str] | None) -> DemoSettings:
     parser = argparse.ArgumentParser(
         prog="nnUNetKD_demo",
         description="Plan, train a joint teacher, train a student and a control per dataset, predict, evaluate: all "
-        "through the real commands. Without --raw on three small synthetic domains. A second call with the same "
+        "tasks through the real commands. Without --raw on three small synthetic domains. A second call with the same "
         "options continues where the first one stopped.",
     )
     parser.add_argument("-o", type=Path, default=Path("nnUNetKD_demo"), help="Output folder. Default: ./nnUNetKD_demo")

@@ -1,1 +1,1 @@
-"""The embedded example: three small synthetic domains, and the whole way from planning to a table and a figure."""
+"""The embedded example: three small synthetic domains, all three tasks, from planning to a table and a figure."""

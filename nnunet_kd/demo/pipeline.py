@@ -1,4 +1,4 @@
-"""The whole way through the real commands: plan, teacher, student and control, predict."""
+"""The whole way through the real commands: plan, teacher, student and control, predict. All tasks go this one way."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.demo.domains import DOMAINS, JOINT_ID, write_domains
 from nnunet_kd.demo.runner import NUM_AT_A_TIME, Command, Step, progress, run_steps
 from nnunet_kd.environment import TRAINERS_VARIABLE, add_trainers_folder
@@ -53,11 +54,17 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoDataset:
-    """One dataset of the demo and where its files are; ``predictions`` and ``fold_folders`` are keyed by method."""
+    """One dataset of the demo and where its files are; ``predictions`` and ``fold_folders`` are keyed by method.
+
+    ``reference_folder`` holds the true segmentations and ``side_folder`` the true classes and boxes. ``dimension`` is
+    the network's, and of its boxes. ``cases`` are training cases to test on; None tests on the held-out cases.
+    """
 
     name: str
     raw_folder: Path
     reference_folder: Path
+    side_folder: Path
+    dimension: int
     predictions: Mapping[str, Path]
     fold_folders: Mapping[str, Path]
     cases: tuple[str, ...] | None
@@ -66,6 +73,11 @@ class DemoDataset:
     def dataset_json(self) -> dict[str, Any]:
         """The dataset.json of the raw dataset."""
         return json.loads((self.raw_folder / "dataset.json").read_text())
+
+    @property
+    def tasks(self) -> Tasks:
+        """What the dataset declares."""
+        return Tasks.from_dataset_json(self.dataset_json)
 
 
 class Demo:
@@ -147,7 +159,8 @@ class Demo:
             TRAINERS_VARIABLE: add_trainers_folder(os.environ.get(TRAINERS_VARIABLE, "")),
             ENVIRONMENT_VARIABLE: json.dumps(merge(self.kd_settings, {"training": training})),
             "nnUNet_compile": "f",
-            "nnUNet_n_proc_DA": share,
+            # Handing batches over takes longer than making such small ones, and without workers the seed fixes them.
+            "nnUNet_n_proc_DA": "0" if self.settings.raw is None else share,
             "nnUNet_def_n_proc": share,
             "OMP_NUM_THREADS": share,
             "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait make both trainings several times slower
@@ -233,11 +246,13 @@ class Demo:
         if method == TEACHER:
             teacher = self.fold_folder(self.joint_name, TEACHER).parent
             model: tuple[str, ...] = ("nnUNetKD_predict", "-m", str(teacher), "--head", name)
-        else:
+        elif next(domain for domain in DOMAINS if domain.folder_name == name).tasks.is_segmentation_only:
             model = (
                 *("nnUNetv2_predict", "-d", _id(name), "-c", self.settings.configuration),
                 *("-tr", TRAINERS[method], "-p", STUDENT_PLANS),
             )
+        else:  # stock nnU-Net would give the segmentation alone
+            model = ("nnUNetKD_predict", "-m", str(self.fold_folder(name, method).parent))
         return Command(
             f"predict_{method.replace(' ', '_')}_{_id(name)}",
             (
@@ -263,9 +278,11 @@ class Demo:
     def _dataset(self, name: str) -> DemoDataset:
         raw_folder = self.raw / name
         folds = {method: self.fold_folder(self.joint_name if method == TEACHER else name, method) for method in METHODS}
+        dimension = 2 if self.settings.configuration == "2d" else 3
         if self.settings.raw is None:
             predictions = {method: self.output / "predictions" / name / method.replace(" ", "_") for method in METHODS}
-            return DemoDataset(name, raw_folder, raw_folder / "labelsTs", predictions, folds, None)
+            references = raw_folder / "labelsTs"
+            return DemoDataset(name, raw_folder, references, references, dimension, predictions, folds, None)
         predictions = {method: fold / "validation" for method, fold in folds.items()}
         predictions[TEACHER] = folds[TEACHER] / name / "validation"
         references = self.preprocessed / name / "gt_segmentations"  # nnU-Net's copy of the training labels
@@ -273,7 +290,7 @@ class Demo:
         cases: tuple[str, ...] = ()
         if splits_file.is_file():
             cases = tuple(json.loads(splits_file.read_text())[self.settings.fold]["val"])
-        return DemoDataset(name, raw_folder, references, predictions, folds, cases)
+        return DemoDataset(name, raw_folder, references, raw_folder, dimension, predictions, folds, cases)
 
 
 def find_dataset(raw_folder: Path, dataset_id: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,10 @@ class ClassificationHead(nn.Module):
 
     The bottleneck alone is the known failure (macro-F1 0.40 against 0.59 with an earlier stage), and heads with more
     than 1e5 weights overfit small datasets; so there is one linear layer per target on normalised pooled features.
+
+    These have length 1. nnU-Net's momentum of 0.99 makes its learning rate of 0.01 act like 1, and a case moves its own
+    logit by that times the squared length: with the length that normalisation gives, the root of several hundred, the
+    few cases of a batch would throw the logits about.
 
     Args:
         stage_channels: Width of each pooled stage; the last one is the bottleneck.
@@ -91,6 +96,7 @@ class ClassificationHead(nn.Module):
     def classify(self, pooled: Pooled) -> dict[str, Tensor]:
         """Logits [B, classes] of each target."""
         features = self.normalise(torch.cat(pooled.values, 1))
+        features = features / math.sqrt(features.shape[1])
         return {name: layer(features) for name, layer in zip(self.names, self.classifiers, strict=True)}
 
 

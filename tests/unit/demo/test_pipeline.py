@@ -40,6 +40,17 @@ def test_commands_of_the_synthetic_demo(tmp_path: Path) -> None:
     assert len({command.split(" -o ")[1].split()[0] for command in predictions}) == 9
 
 
+def test_stock_command_predicts_segmentations_and_ours_all_other_tasks(tmp_path: Path) -> None:
+    commands = lines(Demo(parse(["-o", str(tmp_path / "out")])))
+    stock = [command for command in commands if command.startswith("nnUNetv2_predict")]
+    assert {command.split()[2] for command in stock} == {"972"}
+    assert len(stock) == 2
+    for name in ("Dataset971_DemoCT", "Dataset973_DemoMR"):
+        for trainer in ("Control", "Student"):
+            model = f"{name}/nnUNetTrainerKD{trainer}__nnUNetKDPlansDemo__3d_fullres -f 0"
+            assert sum(command.startswith("nnUNetKD_predict") and model in command for command in commands) == 1
+
+
 def test_2d_images_of_the_user_are_trained_in_2d(raw: Path, tmp_path: Path) -> None:
     given = ["-o", str(tmp_path / "out"), "--raw", str(raw), "-d", "301", "302"]
     assert parse(given).configuration == "2d"
@@ -68,6 +79,8 @@ def test_own_datasets_are_read_only_and_tested_on_the_validation_cases(raw: Path
     dataset = demo.datasets()[0]
     assert dataset.cases == ("a", "c")
     assert dataset.reference_folder == folder / "gt_segmentations"
+    assert dataset.side_folder == raw / "Dataset301_A"
+    assert dataset.dimension == 2
     results = tmp_path / "out" / "nnUNet_results"
     student = results / "Dataset301_A" / "nnUNetTrainerKDStudent__nnUNetKDPlansDemo__2d" / "fold_2"
     assert dataset.predictions[STUDENT] == student / "validation"
@@ -98,10 +111,11 @@ def test_two_trainings_share_the_cores_but_synthetic_images_get_one_thread_each(
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     synthetic = Demo(parse(["-o", str(tmp_path / "one")]))
     own = Demo(parse(["-o", str(tmp_path / "two"), "--raw", str(raw), "-d", "301", "302"]))
-    for demo, num_threads in ((synthetic, 1), (own, 4)):
+    for demo, num_threads, num_workers in ((synthetic, 1, 0), (own, 4, 4)):
         environment = demo.environment()
         assert json.loads(environment["nnUNetKD_settings"])["training"]["num_threads"] == num_threads
-        assert environment["OMP_NUM_THREADS"] == environment["nnUNet_n_proc_DA"] == str(num_threads)
+        assert environment["OMP_NUM_THREADS"] == str(num_threads)
+        assert environment["nnUNet_n_proc_DA"] == str(num_workers)
 
 
 def test_nothing_runs_before_what_it_needs(tmp_path: Path) -> None:
