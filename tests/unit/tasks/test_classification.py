@@ -61,6 +61,23 @@ def test_split_gives_each_sample_of_a_batch_its_own_statistics() -> None:
     torch.testing.assert_close(head.classify(parts[1])["type"], alone["type"])
 
 
+def test_small_batches_do_not_throw_the_logits_about() -> None:
+    """nnU-Net's SGD on labels without any signal: probabilities must stay near 1/2, not swing from class to class."""
+    torch.manual_seed(0)
+    head = ClassificationHead([256, 256], 2, [("label", 2)])
+    optimizer = torch.optim.SGD(head.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5)
+    losses = []
+    for _ in range(200):
+        pooled = Pooled((torch.randn(2, 256) + 1, torch.randn(2, 256) + 1), (torch.zeros(2), torch.zeros(2)))
+        labels = torch.nn.functional.one_hot(torch.randint(0, 2, (2,)), 2).float()
+        loss = ClassificationLoss(multilabel=False)(head.classify(pooled)["label"], labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[100:]) < 1.3 * math.log(2)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_multi_class_loss_by_hand_with_an_unlabelled_case(smoothing: float) -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.0, 0.0], [9.0, -9.0, 0.0]], dtype=torch.float64)
