@@ -117,7 +117,7 @@ def test_control_with_heads_teaches_all_terms_also_after_a_kill(taught: Any) -> 
     strides = read(fold.parent / "plans.json")["configurations"]["2d"]["architecture"]["arch_kwargs"]["detection"]
     levels = {"bottleneck", "decoder@1/2", *(f"decoder@1/{stride[-1]}" for stride in strides["strides"])}
     assert set(extra["projector_shapes"]) == {"x pooled", *(f"x {level}" for level in levels)}
-    for measure in ("Dice", "Youden's J", "soft Dice of anchors"):
+    for measure in ("Dice", "Youden's J", "soft Dice of boxes"):
         assert f"{measure} on training batches: student" in logs(fold)
     summary = read(fold / "validation" / "summary.json")
     assert set(summary["nnunet_kd"]) >= {"classification", "detection"}
