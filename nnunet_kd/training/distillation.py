@@ -26,7 +26,7 @@ from nnunet_kd.training.guard import (
     DetectionCompetence,
     SegmentationCompetence,
 )
-from nnunet_kd.training.task_terms import ClassLogitsLoss, as_map, box_class_term, box_regression_term
+from nnunet_kd.training.task_terms import AnchorMaps, ClassLogitsLoss, as_map, box_regression_term
 from nnunet_kd.training.terms import asked_task, is_imitation, is_pooled, judging_task
 
 POOLED = "pooled"  # stands for a level where projectors are named
@@ -161,12 +161,13 @@ class DistillationLoss(nn.Module):
         if not self.teacher_outputs:
             return total
         tapped = dict(zip(self.levels, student.features, strict=True))
-        self._update_competence(student, targets)
+        anchor_maps = self._anchor_maps(student)
+        self._update_competence(student, targets, anchor_maps)
         for term in self.terms:
             weight: Tensor | float = term.weight(self.progress)
             if weight == 0:
                 continue
-            raw = self._compare(term, student, tapped, targets)
+            raw = self._compare(term, student, tapped, targets, anchor_maps)
             judge = self.judges.get(term.name)
             if judge is not None:
                 competence = self.competence[term.settings.teacher][judge]
@@ -176,8 +177,21 @@ class DistillationLoss(nn.Module):
             self.logged[term.name] = (raw.detach(), scaled.detach())
         return total
 
+    def _anchor_maps(self, student: TaskOutputs) -> dict[str | None, AnchorMaps]:
+        """What is said of all anchors by the student (None) and by each teacher that was asked for boxes."""
+        boxes = {name: teacher.boxes for name, teacher in self.teacher_outputs.items() if teacher.boxes is not None}
+        if not boxes or student.detection is None:
+            return {}
+        flatten = self.supervised.detection.flatten
+        return {None: flatten(student.detection), **{name: flatten(maps) for name, maps in boxes.items()}}
+
     def _compare(
-        self, term: BuiltTerm, student: TaskOutputs, tapped: Mapping[str, Tensor], targets: Sequence[Tensor]
+        self,
+        term: BuiltTerm,
+        student: TaskOutputs,
+        tapped: Mapping[str, Tensor],
+        targets: Sequence[Tensor],
+        anchor_maps: Mapping[str | None, AnchorMaps],
     ) -> Tensor:
         """The raw value of a term. All that it needs is there: terms are checked before training starts."""
         name, on = term.settings.teacher, term.settings.on
@@ -196,11 +210,12 @@ class DistillationLoss(nn.Module):
             value = term.loss(student.classification, teacher.classification, tasks.class_labels)
         elif is_imitation(term.settings):
             value = self._imitation_term(term, tapped, targets[0].shape[2:], teacher)
-        else:
+        elif term.settings.loss == "giou":
             assert student.detection is not None
-            assert teacher.boxes is not None
-            compare = box_regression_term if term.settings.loss == "giou" else box_class_term
-            value = compare(term.loss, tasks.detection, student.detection, teacher.boxes)
+            anchors = tasks.detection.anchors(student.detection)
+            value = box_regression_term(term.loss, tasks.detection.coder, anchors, anchor_maps[None], anchor_maps[name])
+        else:
+            value = term.loss(anchor_maps[None][0], anchor_maps[name][0])
         return value
 
     def _logit_term(
@@ -244,7 +259,9 @@ class DistillationLoss(nn.Module):
             projector = self._projectors[projector_name(term.settings.teacher, level)]
             yield projector(tapped[level], teacher.features[level])
 
-    def _update_competence(self, student: TaskOutputs, targets: Sequence[Tensor]) -> None:
+    def _update_competence(
+        self, student: TaskOutputs, targets: Sequence[Tensor], anchor_maps: Mapping[str | None, AnchorMaps]
+    ) -> None:
         for name, teacher in self.teacher_outputs.items():
             for competence in self.competence[name].values():
                 if isinstance(competence, SegmentationCompetence) and teacher.logits is not None:
@@ -262,8 +279,8 @@ class DistillationLoss(nn.Module):
                 elif isinstance(competence, DetectionCompetence) and teacher.boxes is not None:
                     assert student.detection is not None
                     tasks = self.supervised
-                    own, other = (tasks.detection.flatten(maps)[0] for maps in (student.detection, teacher.boxes))
                     anchors = tasks.detection.anchors(student.detection)
+                    own, other = anchor_maps[None][0], anchor_maps[name][0]
                     competence.update(own, other, anchors, tasks.matches, tasks.boxes, tasks.box_labels)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from monai.apps.detection.utils.box_coder import BoxCoder
 from torch import Tensor, nn
 
 from nnunet_kd.data.tasks import ClassificationTarget
 from nnunet_kd.errors import SettingsError
 from nnunet_kd.losses import build_loss
-from nnunet_kd.tasks.detection import BoxMaps, DetectionTask
 
 
 class ClassLogitsLoss(nn.Module):
@@ -60,22 +60,20 @@ def as_map(values: Tensor) -> Tensor:
     return values[:, :, None, None]
 
 
-def box_class_term(loss: nn.Module, detection: DetectionTask, student: BoxMaps, teacher: BoxMaps) -> Tensor:
-    """``loss`` between the class logits of all anchors."""
-    value: Tensor = loss(detection.flatten(student)[0], detection.flatten(teacher)[0])
-    return value
+AnchorMaps = tuple[Tensor, Tensor]  # class logits [B, N, classes] and box codes [B, N, 2 * dim] of all anchors
 
 
-def box_regression_term(loss: Any, detection: DetectionTask, student: BoxMaps, teacher: BoxMaps) -> Tensor:
+def box_regression_term(
+    loss: Any, coder: BoxCoder, anchors: Tensor, student: AnchorMaps, teacher: AnchorMaps
+) -> Tensor:
     """``loss`` between the boxes at the anchors where the teacher's highest class probability exceeds its threshold."""
-    logits, teacher_codes = detection.flatten(teacher)
+    logits, teacher_codes = teacher
     scores = logits.sigmoid().amax(2)  # [B, N]
     image, anchor = ((scores > loss.threshold) & teacher_codes.isfinite().all(2)).nonzero(as_tuple=True)
-    anchors = detection.anchors(student)[anchor]
-    own = detection.flatten(student)[1][image, anchor]
+    own = student[1][image, anchor]
     # MONAI raises on NaN, but under AMP an overflow must reach the gradient scaler, which skips the step
-    student_boxes = detection.coder.decode_single(own.nan_to_num(0.0, 0.0, 0.0), anchors)
-    teacher_boxes = detection.coder.decode_single(teacher_codes[image, anchor], anchors)
+    student_boxes = coder.decode_single(own.nan_to_num(0.0, 0.0, 0.0), anchors[anchor])
+    teacher_boxes = coder.decode_single(teacher_codes[image, anchor], anchors[anchor])
     value: Tensor = loss(student_boxes, teacher_boxes, scores[image, anchor])
     return value + own.sum() * 0
 

@@ -255,9 +255,10 @@ def test_an_overflow_of_the_student_is_seen_and_one_of_the_teacher_is_left_out()
     assert left_out != finite
     with torch.no_grad():
         student.detection.box_regression[0][0, 0, -1, -1] = torch.nan
-    assert np.isnan(
-        float(box_regression_term(built.terms[0].loss, DetectionTask(PLAN), student.detection, teacher.boxes))
-    )
+    task = DetectionTask(PLAN)
+    maps = (task.flatten(own) for own in (student.detection, teacher.boxes))
+    value = box_regression_term(built.terms[0].loss, task.coder, task.anchors(student.detection), *maps)
+    assert np.isnan(float(value))
 
 
 def test_imitation_sees_the_boxes_of_the_batch() -> None:
