@@ -145,9 +145,10 @@ def plan_joint_dataset(members: Sequence[str], plans_name: str, configuration: s
 
 def list_variants(dataset: str, args: argparse.Namespace) -> list[Variant]:
     """Everything that is measured; stock comes first."""
-    from nnunet_kd.training.student import nnUNetTrainerKDStudent
+    from nnunet_kd.data.tasks import Tasks
+    from nnunet_kd.training.terms import default_terms
 
-    preset = nnUNetTrainerKDStudent.preset["terms"]
+    preset = default_terms(Tasks())
     logits = [{**term, "schedule": NO_SCHEDULE} for term in preset if term.get("on", "logits") == "logits"]
     both = [*logits, {**FEATURES, "schedule": NO_SCHEDULE}]
     variants = [

@@ -50,12 +50,13 @@ SETTINGS_FILE = "nnunet_kd_settings.json"
 
 
 class nnUNetTrainerKDStudent(TaskTrainer):
-    """Student of multi-dataset cross-domain distillation (arXiv 2605.01563); terms and weights are our choice."""
+    """Student of multi-dataset cross-domain distillation (arXiv 2605.01563); terms and weights are our choice.
 
-    preset: ClassVar[dict[str, Any]] = {
-        "terms": default_terms(Tasks()),  # of a dataset with segmentations alone
-        "guard": {"margin": 0.1, "exponent": 4.0},
-    }
+    The terms depend on what the dataset has, see :func:`default_terms`. A trainer whose ``preset`` names "terms" has
+    these instead: another method.
+    """
+
+    preset: ClassVar[dict[str, Any]] = {"guard": {"margin": 0.1, "exponent": 4.0}}
 
     def __init__(
         self,
@@ -82,9 +83,9 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         given = merge(block, read_user_settings())
         check_types(given)
         teachers = given.get("teachers", {})
-        self.has_default_terms = "terms" not in given
-        preset = {**self.preset, "terms": default_terms(self.planned_tasks)}
-        if self.has_default_terms and len(teachers) == 1:
+        self.has_default_terms = "terms" not in given and "terms" not in self.preset
+        preset = {"terms": default_terms(self.planned_tasks), **self.preset}
+        if "terms" not in given and len(teachers) == 1:
             only = next(iter(teachers))
             preset["terms"] = [{**term, "teacher": only} for term in preset["terms"]]
         terms = given.get("terms", preset["terms"])

@@ -10,6 +10,7 @@ from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import SettingsError
 from nnunet_kd.settings import Term, parse_settings
 from nnunet_kd.tasks.detection_plan import DetectionPlan
+from nnunet_kd.training.student import nnUNetTrainerKDStudent
 from nnunet_kd.training.terms import asked_task, default_terms, fit_terms, judging_task
 
 CLASSIFICATION = {"file": "classification.csv", "column": "size", "classes": ["small", "large"]}
@@ -90,3 +91,21 @@ def test_features_ask_for_no_head() -> None:
     assert asked_task(Term(on="boxes", loss="imitation")) is None
     assert asked_task(Term(on="boxes", loss="giou")) == "detection"
     assert asked_task(Term(on="classification", loss="cosine")) == "classification"
+
+
+class AnotherMethod(nnUNetTrainerKDStudent):
+    preset = {"terms": [{"on": "features", "loss": "cosine", "levels": ["bottleneck"]}]}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("tasks", [Tasks(), CLASSES])
+@pytest.mark.parametrize("trainer", [nnUNetTrainerKDStudent, AnotherMethod])
+def test_a_method_is_a_trainer_with_another_list_of_terms(
+    trainer: type[nnUNetTrainerKDStudent], tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("nnUNetKD_settings", raising=False)
+    student = trainer.__new__(trainer)
+    student.planned_tasks, student.planned_boxes = tasks, None
+    plans = {"dataset_name": "Dataset001_A", "plans_name": "p", "nnunet_kd": {"teachers": {"x": {"model": "m"}}}}
+    terms = student.resolve_settings(plans, "2d", 0).terms
+    expected = AnotherMethod.preset["terms"] if trainer is AnotherMethod else default_terms(tasks)
+    assert [(term.teacher, term.on, term.loss) for term in terms] == [("x", own["on"], own["loss"]) for own in expected]
