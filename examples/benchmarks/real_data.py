@@ -97,13 +97,13 @@ class Run:
 # ---- preparation (parent process) -----------------------------------------------------------------------------------
 
 
-def environment(root: Path, preprocessed: str, results: str, threads: int) -> dict[str, str]:
+def environment(raw: str | Path, root: Path, preprocessed: str, results: str, threads: int) -> dict[str, str]:
     """Environment of one process."""
     from nnunet_kd.environment import add_trainers_folder
 
     return {
         **os.environ,
-        "nnUNet_raw": os.environ["NNUNET_KD_DATA"],
+        "nnUNet_raw": str(raw),
         "nnUNet_preprocessed": str(root / preprocessed),
         "nnUNet_results": str(root / "results" / results),
         "nnUNet_extTrainer": add_trainers_folder(os.environ.get("nnUNet_extTrainer", "")),
@@ -128,7 +128,9 @@ def call(command: list[str], env: dict[str, str], log: Path) -> None:
 
 def prepare(root: Path, names: list[str]) -> None:
     """Stock planning and preprocessing, small plans, few-label variants, joint plans."""
-    env = environment(root, "preprocessed", "shared", 2)
+    env = environment(root / "raw", root, "preprocessed", "shared", 2)
+    for member in {member for name in names for member in SCENARIOS[name].members}:
+        link_raw(root, member)
     for scenario in {SCENARIOS[name].configuration: SCENARIOS[name] for name in names}.values():
         configuration = scenario.configuration
         alike = [SCENARIOS[name] for name in names if SCENARIOS[name].configuration == configuration]
@@ -148,7 +150,7 @@ def prepare(root: Path, names: list[str]) -> None:
             continue
         if scenario.few_labels is not None:
             link_members(root, name, scenario)
-        env = environment(root, preprocessed_folder(name), "shared", 2)
+        env = environment(root / "raw", root, preprocessed_folder(name), "shared", 2)
         ids = [member[7:10] for member in scenario.members]
         command = ["nnUNetKD_plan_and_preprocess", "-d", *ids, "--joint", joint_id(name), "-p", SMALL_PLANS]
         command += ["-c", scenario.configuration, "--width", str(WIDTH[scenario.configuration])]
@@ -157,7 +159,7 @@ def prepare(root: Path, names: list[str]) -> None:
             keep_few_labels(root / preprocessed_folder(name), scenario.few_labels)
             call(command, env, root / "logs" / f"joint_{name}_few.log")
     if "d" in names:
-        env = environment(root, "preprocessed", "shared", 2)
+        env = environment(root / "raw", root, "preprocessed", "shared", 2)
         command = ["nnUNetKD_plan_student", "-d", HIPPOCAMPUS[7:10], "-p", SMALL_PLANS, "--width", "0.5"]
         call([*command, "--min_features", "4", "-plans_name", student_plans("d")], env, root / "logs" / "student_d.log")
 
@@ -175,6 +177,19 @@ def preprocessed_folder(scenario: str) -> str:
 def student_plans(scenario: str) -> str:
     """Plans of a scenario's students."""
     return SMALL_PLANS if SCENARIOS[scenario].student_width == 1 else "nnUNetKDPlansHalf"
+
+
+def link_raw(root: Path, member: str) -> None:
+    """A raw folder that shares the images but declares segmentation alone; tasks.py measures classes and boxes."""
+    source, target = Path(os.environ["NNUNET_KD_DATA"]) / member, root / "raw" / member
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in source.iterdir():
+        if entry.name != "dataset.json" and not (target / entry.name).exists():
+            (target / entry.name).symlink_to(entry, target_is_directory=entry.is_dir())
+    description = json.loads((source / "dataset.json").read_text())
+    if "nnunet_kd" in description:
+        description["nnunet_kd"]["tasks"] = {"segmentation": True}
+    (target / "dataset.json").write_text(json.dumps(description, indent=4))
 
 
 def write_small_plans(folder: Path, width: float, batch_size: int = BATCH_SIZE) -> None:
@@ -418,7 +433,7 @@ def start(root: Path, run: Run, args: argparse.Namespace) -> None:
     command = [sys.executable, __file__, "-o", str(root), "--run", json.dumps(asdict(run)), "--steps", str(args.steps)]
     command += ["--epochs", str(args.epochs), "--settings", args.settings]
     with log.open("w") as stream:
-        env = environment(root, preprocessed_folder(run.scenario), results, 1)
+        env = environment(root / "raw", root, preprocessed_folder(run.scenario), results, 1)
         code = subprocess.run(command, env=env, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
     print(f"{run.name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
 

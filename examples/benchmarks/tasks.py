@@ -53,7 +53,7 @@ from task_tables import write_tables
 
 def prepare(root: Path, names: Sequence[str], kinds: Sequence[str]) -> None:
     """Plan and preprocess every member, plan small networks with heads, and join them where a teacher is wanted."""
-    env = environment(root, "preprocessed", "shared", 2)
+    env = environment(os.environ["NNUNET_KD_DATA"], root, "preprocessed", "shared", 2)
     command = "nnUNetKD_plan_and_preprocess"
     for name in names:
         scenario = SCENARIOS[name]
@@ -225,7 +225,7 @@ def start(root: Path, run: Run, args: argparse.Namespace) -> None:
     command = [sys.executable, __file__, "-o", str(root), "--run", json.dumps(asdict(run)), "--steps", str(args.steps)]
     command += ["--epochs", str(args.epochs), "--settings", args.settings]
     with log.open("w") as stream:
-        env = environment(root, "preprocessed", run.name, 1)
+        env = environment(os.environ["NNUNET_KD_DATA"], root, "preprocessed", run.name, 1)
         code = subprocess.run(command, env=env, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
     print(f"{run.name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
 
