@@ -29,7 +29,11 @@ BLOCK = "nnunet_kd"
 
 @dataclass(frozen=True)
 class Training:
-    """The budget. Defaults are stock nnU-Net's. ``num_threads``: of torch on a CPU; null takes all, as nnU-Net does."""
+    """The budget. Defaults are stock nnU-Net's.
+
+    ``loss``: of the segmentation; "ce" leaves out the Dice part. ``num_threads``: of torch on a CPU; null takes all, as
+    nnU-Net does.
+    """
 
     num_epochs: int = 1000
     num_iterations_per_epoch: int = 250
@@ -40,6 +44,7 @@ class Training:
     seed: int | None = None
     save_every: int = 50
     num_threads: int | None = None
+    loss: Literal["dice_ce", "ce"] = "dice_ce"
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,25 @@ class Guard:
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """Where targets come from. ``model`` is a trained model folder, absolute or relative to ``nnUNet_results``."""
+class ShapeIntensity:
+    """Shape-intensity distillation (SIKD), see ``training/shape_intensity.py``.
 
-    kind: Literal["nnunet"] = "nnunet"
+    ``recipe``: "nnunet" is nnU-Net's loss and standardised features, "paper" what the paper has. ``scope``: a class is
+    averaged over the "patch" that the teacher sees, or over the whole "case"; students take that of their teacher.
+    """
+
+    recipe: Literal["nnunet", "paper"] = "nnunet"
+    scope: Literal["patch", "case"] = "patch"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Where targets come from. ``model`` is a trained model folder, absolute or relative to ``nnUNet_results``.
+
+    ``kind``: "nnunet" sees the student's images, "class_average" (SIKD) their class-wise averages.
+    """
+
+    kind: Literal["nnunet", "class_average"] = "nnunet"
     model: str = ""
     fold: int | str | list[int] = "same"
     checkpoint: str = "checkpoint_final.pth"
@@ -110,7 +130,7 @@ class Term:
 
     ``on``: what is compared: segmentation logits, features of ``levels``, logits of the classification targets, or
     boxes. Of the terms on boxes, "imitation" compares features too and takes the levels of the student's detection head
-    where it names none.
+    where it names none. ``foreground_only``: patches of nothing but background do not count (features only).
     """
 
     teacher: str = "joint"
@@ -121,6 +141,7 @@ class Term:
     schedule: Schedule = field(default_factory=Schedule)
     deep_supervision: bool = True
     levels: list[str] = field(default_factory=list)
+    foreground_only: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -142,6 +163,7 @@ class Settings:
     budget: Literal["member", "total"] = "member"
     alignment: Literal["none", "dann"] = "none"
     alignment_weight: float = 0.01
+    sikd: ShapeIntensity = field(default_factory=ShapeIntensity)
     teachers: dict[str, Teacher] = field(default_factory=dict)
     terms: list[Term] = field(default_factory=list)
     guard: Guard = field(default_factory=Guard)
@@ -348,6 +370,8 @@ def _check_ranges(settings: Settings) -> None:
                 f"'{where}.levels' is empty. A term on features names its levels, for example "
                 f'["bottleneck", "decoder@1/2", "encoder@1/4"].'
             )
+        if term.foreground_only and term.on != "features":
+            raise SettingsError(f"'{where}.foreground_only' belongs to a term on features. Remove it.")
         if term.teacher not in settings.teachers:
             raise SettingsError(
                 f"'{where}.teacher' is '{term.teacher}', but 'teachers' names {sorted(settings.teachers) or 'none'}."

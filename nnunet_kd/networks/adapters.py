@@ -22,8 +22,14 @@ class Projector(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Project ``student`` and bring both to one grid."""
-        shape = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-        return self.convolution(resize(student, shape)), resize(teacher.to(student.dtype), shape)
+        student, teacher = to_common_grid(student, teacher)
+        return self.convolution(student), teacher
+
+
+def to_common_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring features [B, C, *s] and [B, D, *t] to the coarser of both grids."""
+    shape = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    return resize(student, shape), resize(teacher.to(student.dtype), shape)
 
 
 def resize(feature: Tensor, shape: list[int]) -> Tensor:

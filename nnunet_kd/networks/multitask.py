@@ -244,7 +244,7 @@ def forward_tasks(
     wanted = (*own, *stages)
     decode = segmentation or any(stage.part == "decoder" for stage in wanted)
     skips, decoded = encode_and_decode(network, image, decode)
-    outputs = segment(network, decoded, channels) if segmentation else []
+    outputs = segment(network.decoder, decoded, channels) if segmentation else []
     features = select_features(wanted, skips, decoded)
     found = TaskOutputs([], []) if heads is None else heads(features[: len(own)])
     return found._replace(segmentation=outputs, features=features[len(own) :])

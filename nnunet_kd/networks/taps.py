@@ -95,25 +95,28 @@ def forward_unet(
         otherwise one. And the features of ``stages`` in their order, each [B, C_stage, *S / stride].
     """
     skips, decoded = encode_and_decode(network, image)
-    return segment(network, decoded, head), select_features(stages, skips, decoded)
+    return segment(network.decoder, decoded, head), select_features(stages, skips, decoded)
 
 
-def encode_and_decode(network: UNet, image: Tensor, decode: bool = True) -> tuple[list[Tensor], list[Tensor]]:
-    """Features of all encoder stages, and of all decoder stages from the bottleneck on (none without ``decode``)."""
+def encode_and_decode(network: UNet, image: Tensor, decoder_too: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    """Features of all encoder stages, and of all decoder stages from the bottleneck on (or none of these)."""
     skips = network.encoder(image)
+    return skips, decode(network.decoder, skips) if decoder_too else []
+
+
+def decode(decoder: Any, skips: Sequence[Tensor]) -> list[Tensor]:
+    """Features of all decoder stages, from the bottleneck on; a decoder may be made to do without skip connections."""
     features = [skips[-1]]
-    if decode:
-        for index, (upsample, stage) in enumerate(
-            zip(network.decoder.transpconvs, network.decoder.stages, strict=True)
-        ):
-            merged = torch.cat((upsample(features[-1]), skips[-(index + 2)]), 1)
-            features.append(stage(merged))
-    return skips, features[1:]
+    for index, (upsample, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
+        merged = upsample(features[-1])
+        if getattr(decoder, "skips", True):
+            merged = torch.cat((merged, skips[-(index + 2)]), 1)
+        features.append(stage(merged))
+    return features[1:]
 
 
-def segment(network: UNet, decoded: Sequence[Tensor], head: slice | None = None) -> list[Tensor]:
+def segment(decoder: Any, decoded: Sequence[Tensor], head: slice | None = None) -> list[Tensor]:
     """Outputs of the decoder's features, highest resolution first; one without deep supervision."""
-    decoder = network.decoder
     wanted = range(len(decoded)) if decoder.deep_supervision else (len(decoded) - 1,)
     return [apply_head(decoder.seg_layers[index], decoded[index], head) for index in reversed(wanted)]
 

@@ -9,8 +9,10 @@ from nnunetv2.paths import nnUNet_results
 
 from nnunet_kd.data.joint import find_joint_datasets
 from nnunet_kd.errors import TeacherError
+from nnunet_kd.settings import BLOCK
 
 TEACHER_TRAINER = "nnUNetTrainerKDTeacher"
+CLASS_AVERAGE_TRAINER = "nnUNetTrainerSIKDTeacher"
 
 
 def discover_joint_teacher(
@@ -74,3 +76,17 @@ def discover_joint_teacher(
 def is_wanted(name: str, joint: str | None) -> bool:
     """Whether ``joint`` (full name, id, or None for any) means the joint dataset ``name``."""
     return joint is None or name == joint or name[7:10] == str(joint).zfill(3)
+
+
+def class_average_model(plans: dict[str, Any], configuration: str) -> str:
+    """Model folder, relative to nnUNet_results, of the class-average teacher trained on a student's own dataset.
+
+    That of the same plans, or, where these were made for a smaller student and have none, of the plans they came from.
+    """
+    base = plans.get(BLOCK, {}).get("student", {}).get("base", plans["plans_name"])
+    models = [
+        f"{plans['dataset_name']}/{CLASS_AVERAGE_TRAINER}__{name}__{configuration}"
+        for name in (plans["plans_name"], base)
+    ]
+    trained = (model for model in models if (Path(str(nnUNet_results)) / model).is_dir())
+    return next(trained, models[-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from nnunet_kd.teachers.heads import match_classification, match_detection
 from nnunet_kd.teachers.output import Taught, TeacherOutput, task_names
 from nnunet_kd.teachers.precision import choose_bf16, cpu_has_bf16
 
+AVERAGES = "class_average"  # key in the checkpoint of a network that was trained on class-wise averaged images
+
 
 @dataclass(frozen=True)
 class Student:
@@ -48,6 +50,7 @@ class Student:
 
     dataset: str
     plans_manager: PlansManager
+    configuration: str
     configuration_manager: ConfigurationManager
     dataset_json: dict[str, Any]
     channel_names: tuple[str, ...]
@@ -88,7 +91,7 @@ class NNUNetTeacher:
     can end up neither in the student's checkpoint nor in its DDP wrapper.
 
     ``taught`` names the student's tasks that it can teach, ``refusals`` says of each other one why not. Features it can
-    always teach.
+    always teach. ``always_projects``: whether a projector stands between features of equal width, too.
 
     Args:
         name: Its name in the settings, for messages.
@@ -99,6 +102,8 @@ class NNUNetTeacher:
         TeacherError: The model is missing or does not fit the student.
         LabelSpaceError: The label spaces cannot be matched.
     """
+
+    always_projects = True
 
     def __init__(self, name: str, settings: TeacherSettings, student: Student) -> None:
         self.name = name
@@ -315,9 +320,8 @@ class NNUNetTeacher:
         """
         for file in self.files:
             checkpoint = load_checkpoint(file)
+            self.check_checkpoint(file, checkpoint)
             self._check_leakage(file, checkpoint, set(validation_cases))
-            if self.joint is not None:
-                check_joint_plans(file, checkpoint, self.plans)
             network = self.build_network()
             try:
                 network.load_state_dict(checkpoint["network_weights"])
@@ -334,6 +338,16 @@ class NNUNetTeacher:
             self.networks.append(torch.compile(forward) if compile_network else forward)
         if self.settings.precision == "auto" and device.type == "cpu":
             self._bf16_undecided = cpu_has_bf16()
+
+    def check_checkpoint(self, file: Path, checkpoint: dict[str, Any]) -> None:
+        """Raise an error unless a fold was trained as its plans say, and as this kind of teacher."""
+        if self.joint is not None:
+            check_joint_plans(file, checkpoint, self.plans)
+        if self.settings.kind == "nnunet" and AVERAGES in checkpoint.get(BLOCK, {}):
+            raise TeacherError(
+                f"Teacher '{self.name}' ({file}) was trained on class-wise averaged images, so it knows nothing of "
+                f'images. Give it "kind": "class_average" in the settings.'
+            )
 
     def _check_leakage(self, file: Path, checkpoint: dict[str, Any], validation_cases: set[str]) -> None:
         training_cases = self._training_cases(file, checkpoint)
@@ -361,19 +375,28 @@ class NNUNetTeacher:
 
     # ---- teaching ---------------------------------------------------------------------------------------------------
 
+    def see(self, batch: Mapping[str, Any]) -> Tensor:
+        """What the teacher sees of a batch: [B, C, *S] in the student's channels and grid."""
+        image: Tensor = batch["data"]
+        return image
+
     @torch.no_grad()
-    def __call__(self, image: Tensor, tasks: Collection[str]) -> TeacherOutput:
+    def __call__(self, batch: Mapping[str, Any], tasks: Collection[str]) -> TeacherOutput:
         """Teach one batch.
 
         Args:
-            image: The student's batch [B, C, *S] on the teacher's device.
+            batch: The student's batch; its images [B, C, *S] and targets are on the teacher's device.
             tasks: What is wanted besides the features, of ``taught.tasks``.
 
         Returns:
             Logits and boxes averaged over folds, on the student's grid and in its order; features of the first fold.
         """
+        image = self.see(batch)
         if self._bf16_undecided:
             self._decide_bf16(image, tasks)
+        return self._teach(image, tasks)
+
+    def _teach(self, image: Tensor, tasks: Collection[str]) -> TeacherOutput:
         prepared = self.input_map(image)
         heads = "classification" in tasks or "detection" in tasks
         with torch.autocast(image.device.type, dtype=self._autocast_dtype(image), enabled=self._autocast(image)):
@@ -407,7 +430,7 @@ class NNUNetTeacher:
 
         def teach(use_bf16: bool) -> TeacherOutput:
             self._use_bf16 = use_bf16
-            return self(image, judged)
+            return self._teach(image, judged)
 
         regions = self.teacher_map is not None and self.teacher_map.target.regions
         self._use_bf16, reason = choose_bf16(teach, regions)

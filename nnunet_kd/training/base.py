@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_kd.environment import environment
 from nnunet_kd.errors import SettingsError
 from nnunet_kd.files import replacing, write_json
-from nnunet_kd.settings import BLOCK, Settings, read_user_settings, resolve_settings
+from nnunet_kd.settings import BLOCK, Settings, parse_settings, read_user_settings, resolve_settings
 
 MAX_GRADIENT_NORM = 12  # stock nnU-Net's
 
@@ -60,6 +61,14 @@ class KDTrainer(nnUNetTrainer):
         """Merge preset, plans block and user settings. Trainers with more layers override this."""
         del configuration, fold
         return resolve_settings(self.preset, plans.get(BLOCK, {}), read_user_settings())
+
+    def _build_loss(self) -> nn.Module:
+        """Stock loss; without its Dice part if the settings say so."""
+        loss: nn.Module = super()._build_loss()
+        if self.settings.training.loss == "ce":
+            part: Any = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
+            part.weight_dice = 0
+        return loss
 
     def build_auxiliary(self) -> nn.ModuleDict:
         """Modules that train beside the network and are thrown away afterwards (projectors, a domain classifier)."""
@@ -109,7 +118,7 @@ class KDTrainer(nnUNetTrainer):
         Raises:
             SettingsError: The training was started with other settings.
         """
-        changed = _differences({**Settings().to_dict(), **extra.get("settings", {})}, self.settings.to_dict())
+        changed = _differences(recorded_settings(extra).to_dict(), self.settings.to_dict())
         if changed:
             raise SettingsError(
                 f"The checkpoint in {self.output_folder} was trained with other settings: {'; '.join(changed)}. "
@@ -142,11 +151,23 @@ class KDTrainer(nnUNetTrainer):
         super().load_checkpoint(filename_or_checkpoint)
         self.auxiliary.load_state_dict(extra.get("auxiliary", {}))
 
+    def move_to_device(self, batch: dict[str, Any]) -> None:
+        """Start moving images and targets, in place; stock steps find them there and move nothing."""
+        target = batch["target"]
+        batch["data"] = batch["data"].to(self.device, non_blocking=True)
+        moved = [part.to(self.device, non_blocking=True) for part in (target if isinstance(target, list) else [target])]
+        batch["target"] = moved if isinstance(target, list) else moved[0]
+
     def unwrapped_network(self) -> nn.Module:
         """The network without DDP and ``torch.compile`` wrappers."""
         # nnU-Net wraps for DDP only after it has asked for the optimizer
         network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
         return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def recorded_settings(extra: dict[str, Any]) -> Settings:
+    """The settings in :meth:`KDTrainer.checkpoint_extra`; those that are newer than the checkpoint have defaults."""
+    return parse_settings(extra.get("settings", {}))
 
 
 def _clip(parameters: list[nn.Parameter]) -> None:

@@ -15,6 +15,7 @@ from nnunet_kd.errors import SettingsError
 from nnunet_kd.losses import build_loss
 from nnunet_kd.losses.deep_supervision import deep_supervision_loss
 from nnunet_kd.losses.schedules import schedule_weight
+from nnunet_kd.networks.adapters import to_common_grid
 from nnunet_kd.networks.multitask import TaskOutputs
 from nnunet_kd.settings import Guard, Settings, Term
 from nnunet_kd.spaces.labels import LabelMap
@@ -241,6 +242,9 @@ class DistillationLoss(nn.Module):
     ) -> Tensor:
         label_map = self.taught[term.settings.teacher].label_map
         labels, valid = (None, None) if label_map is None else common_target(target, label_map)
+        if term.settings.foreground_only:
+            assert labels is not None  # checked with the settings
+            valid = _in_foreground_patches(labels, valid)
         pairs = self._projected(term, tapped, teacher)
         return torch.stack([term.loss(own, other, target=labels, valid=valid) for own, other in pairs]).mean()
 
@@ -256,8 +260,8 @@ class DistillationLoss(nn.Module):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Features of student and teacher at each of the term's levels, of one width and grid."""
         for level in term.settings.levels:
-            projector = self._projectors[projector_name(term.settings.teacher, level)]
-            yield projector(tapped[level], teacher.features[level])
+            bring_together = self._projectors.get(projector_name(term.settings.teacher, level), to_common_grid)
+            yield bring_together(tapped[level], teacher.features[level])
 
     def _update_competence(
         self, student: TaskOutputs, targets: Sequence[Tensor], anchor_maps: Mapping[str | None, AnchorMaps]
@@ -310,6 +314,15 @@ def common_target(target: Tensor, label_map: LabelMap) -> tuple[Tensor, Tensor |
     if label_map.is_identity:
         return labels, valid
     return _channel_of_label(label_map, labels.device)[labels], valid
+
+
+def _in_foreground_patches(labels: Tensor, valid: Tensor | None) -> Tensor:
+    """Valid voxels [B, 1, *S] of the samples in which some foreground can be seen."""
+    inside = (labels > 0).any(1, keepdim=True)
+    inside = inside if valid is None else inside & valid
+    has_foreground = inside.flatten(1).any(1).reshape(-1, *[1] * (labels.ndim - 1))
+    shape = (len(labels), 1, *labels.shape[2:])
+    return has_foreground.expand(shape) if valid is None else valid & has_foreground
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,9 +37,11 @@ from nnunet_kd.settings import (
 )
 from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.tasks.detection_plan import DetectionPlan
-from nnunet_kd.teachers.discover import discover_joint_teacher, is_wanted
+from nnunet_kd.teachers.discover import class_average_model, discover_joint_teacher, is_wanted
 from nnunet_kd.teachers.forward import pooled_channels, speaking_heads
+from nnunet_kd.teachers.kinds import TEACHERS
 from nnunet_kd.teachers.nnunet import NNUNetTeacher, Student
+from nnunet_kd.training.base import recorded_settings
 from nnunet_kd.training.distillation import POOLED, DistillationLoss, build_terms, projector_name
 from nnunet_kd.training.progress import append_curves
 from nnunet_kd.training.task_loss import TaskLoss
@@ -82,10 +84,11 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         block = {key: value for key, value in plans.get(BLOCK, {}).items() if key not in DESCRIPTION_KEYS}
         given = merge(block, read_user_settings())
         check_types(given)
-        teachers = given.get("teachers", {})
-        self.has_default_terms = "terms" not in given and "terms" not in self.preset
-        preset = {"terms": default_terms(self.planned_tasks), **self.preset}
-        if "terms" not in given and len(teachers) == 1:
+        method = self.method_preset(given)
+        teachers = merge(method.get("teachers", {}), given.get("teachers", {}))
+        self.has_default_terms = "terms" not in given and "terms" not in method
+        preset = {"terms": default_terms(self.planned_tasks), **method}
+        if "terms" not in given and "teachers" not in method and len(teachers) == 1:
             only = next(iter(teachers))
             preset["terms"] = [{**term, "teacher": only} for term in preset["terms"]]
         terms = given.get("terms", preset["terms"])
@@ -93,9 +96,18 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         needs_joint = any(term.get("teacher", "joint") == "joint" for term in terms)
         if needs_joint and not teachers.get("joint", {}).get("model"):
             found = self._find_teacher(plans, configuration, fold, given)
+        for name, teacher in teachers.items():
+            if teacher.get("kind") == "class_average" and not teacher.get("model"):
+                model = class_average_model(plans, configuration)
+                found = merge(found, {"teachers": {name: {"model": model}}})
         settings = resolve_settings(preset, found, given)
         fitted = fit_terms(settings.terms, plans["dataset_name"], self.planned_tasks, self.planned_boxes)
         return replace(settings, terms=fitted)
+
+    def method_preset(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What this trainer sets before its plans and the user do, who may choose by ``given`` between recipes."""
+        del given
+        return self.preset
 
     def _find_teacher(self, plans: dict, configuration: str, fold: int | str, given: dict[str, Any]) -> dict[str, Any]:
         """The recorded teacher of this very training if there is one, else the joint teacher that fits."""
@@ -125,6 +137,7 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         student = Student(
             self.plans_manager.dataset_name,
             self.plans_manager,
+            self.configuration_name,
             self.configuration_manager,
             self.dataset_json,
             channel_names(self.dataset_json),
@@ -134,7 +147,7 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         )
         used = {term.teacher for term in self.settings.terms if term.weight != 0}
         teachers = {
-            name: NNUNetTeacher(name, settings, student)
+            name: TEACHERS[settings.kind](name, settings, student)
             for name, settings in self.settings.teachers.items()
             if name in used
         }
@@ -175,10 +188,12 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         levels, needs_pooled = _levels(terms), any(is_pooled(term) for term in terms)
         if not levels and not needs_pooled:
             return {}
-        network = self.teachers[name].build_network()
+        teacher = self.teachers[name]
+        network = teacher.build_network()
         shapes = {
             projector_name(name, level): (len(stage.stride), stages[level].channels, stage.channels)
-            for level, stage in self.teachers[name].find_stages(levels, network).items()
+            for level, stage in teacher.find_stages(levels, network).items()
+            if teacher.always_projects or stages[level].channels != stage.channels
         }
         if needs_pooled:
             own, other = (pooled_channels(speaking_heads(net)) for net in (self.unwrapped_network(), network))
@@ -275,8 +290,8 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         loss.progress = (self.current_epoch + self.step_in_epoch / self.num_iterations_per_epoch) / self.num_epochs
         self.step_in_epoch += 1
         for name, tasks in loss.asked(loss.progress).items():
-            batch["data"] = batch["data"].to(self.device, non_blocking=True)
-            loss.teacher_outputs[name] = self.teachers[name](batch["data"], tasks)
+            self.move_to_device(batch)
+            loss.teacher_outputs[name] = self.teachers[name](batch, tasks)
         try:
             return super().train_step(batch)
         finally:
@@ -335,8 +350,8 @@ class nnUNetTrainerKDStudent(TaskTrainer):
     def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
         """Projectors are rebuilt from the checkpoint, so that validation needs no teacher."""
         if self.has_default_terms:  # some may have been left out
-            recorded = extra.get("settings", {}).get("terms", [])
-            kept = [term for term in self.settings.terms if asdict(term) in recorded]
+            recorded = recorded_settings(extra).terms
+            kept = [term for term in self.settings.terms if term in recorded]
             self.settings = replace(self.settings, terms=kept)
         super().load_checkpoint_extra(extra)
         shapes = extra.get("projector_shapes", {})

@@ -168,13 +168,9 @@ class TaskTrainer(KDTrainer):
             return super().validation_step(batch)
         loss = self.task_loss
         loss.set_batch(batch, self.device)
-        batch["data"] = batch["data"].to(self.device, non_blocking=True)
+        self.move_to_device(batch)
         with autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
             outputs: TaskOutputs = self.network(batch["data"], tasks=True)
-            several = isinstance(batch["target"], list)
-            target = batch["target"] if several else [batch["target"]]
-            target = [part.to(self.device, non_blocking=True) for part in target]
-            batch["target"] = target if several else target[0]
             total = float(loss(outputs, batch["target"]))
         detections = None
         if outputs.detection is not None and loss.detection is not None:

@@ -58,10 +58,11 @@ def fit_terms(terms: Collection[Term], dataset: str, tasks: Tasks, detection_pla
                 f"in dataset.json and train with -p nnUNetKDPlans, which nnUNetKD_plan_and_preprocess writes, or "
                 f"remove the term."
             )
-        if term.on == "features" and term.loss in NEED_TARGET and not tasks.segmentation:
+        if term.on == "features" and (term.loss in NEED_TARGET or term.foreground_only) and not tasks.segmentation:
+            what = f"loss' is '{term.loss}" if term.loss in NEED_TARGET else "foreground_only' is 'true"
             raise SettingsError(
-                f"'terms[{index}].loss' is '{term.loss}', which needs segmentations, and {dataset} has none. Use "
-                f"another loss on features, for example 'mse'."
+                f"'terms[{index}].{what}', which needs segmentations, and {dataset} has none. Use another loss on "
+                f"features, for example 'mse', and all patches."
             )
         if is_imitation(term) and not term.levels:
             assert detection_plan is not None  # the dataset has boxes
