@@ -28,8 +28,12 @@ SAFE_GLOBALS: list[Any] = [
 ]
 
 
-def model_folder(model: str) -> Path:
+def model_folder(model: str, fold: int | str | None = None) -> Path:
     """Absolute path of a model folder, given absolute or relative to nnUNet_results.
+
+    Args:
+        model: The folder.
+        fold: That is wanted, for the message.
 
     Raises:
         TeacherError: There is no such folder.
@@ -37,7 +41,7 @@ def model_folder(model: str) -> Path:
     path = Path(model).expanduser()
     folder = path if path.is_absolute() else Path(str(nnUNet_results)) / path
     if not folder.is_dir():
-        raise TeacherError(f"There is no trained model in {folder}. {_how_to_train(folder)}")
+        raise TeacherError(f"There is no trained model in {folder}. {_how_to_train(folder, fold)}")
     return folder
 
 

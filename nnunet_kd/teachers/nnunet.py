@@ -109,7 +109,7 @@ class NNUNetTeacher:
         self.name = name
         self.settings = settings
         self.student = student
-        self.folder = model_folder(settings.model)
+        self.folder = model_folder(settings.model, self._folds()[0])
         self.files = [checkpoint_file(self.folder, fold, settings.checkpoint) for fold in self._folds()]
         self.plans = read_model_json(self.folder, "plans.json")
         self.dataset_json = read_model_json(self.folder, "dataset.json")
