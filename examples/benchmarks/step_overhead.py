@@ -4,8 +4,9 @@ All trainers are built in one process on one preprocessed dataset: the same arch
 once from each trainer's own loader, with equal seeds, and compared). After a warm-up each round takes one step of every
 trainer in turn, in rotated order; the ratio to stock is formed within a round, so that a busy machine disturbs both.
 The joint teachers get links to the dataset as their members, planned by the joint planner; where their architecture
-would differ from the dataset's, they get the dataset's. The students' teacher is the joint teacher of two members,
-untrained, read from a checkpoint. Nothing is written into the dataset's folders.
+would differ from the dataset's, they get the dataset's. The students' teachers are the joint teacher of two members
+and, for SIKD, the dataset's class-average teacher, untrained, read from checkpoints. Nothing is written into the
+dataset's folders.
 
 Peak memory is measured in a fresh process per trainer, over steps after a warm-up: on CUDA the allocated bytes, on a
 CPU the resident bytes above those of the process with its libraries, before the trainer was built, after the C library
@@ -44,6 +45,7 @@ from typing import Any
 
 FOLD = 0
 STOCK, TEACHER_TRAINER, JOINT_PLANS = "stock", "nnUNetTrainerKDTeacher", "nnUNetKDPlans"
+SHAPE_TRAINER = "nnUNetTrainerSIKDTeacher"
 NO_SCHEDULE = {"kind": "constant"}  # a ramp would skip the teacher in the first step
 LEVELS = ["bottleneck", "decoder@1/2", "decoder@1/4"]
 FEATURES = {"teacher": "joint", "on": "features", "loss": "mse", "levels": LEVELS, "weight": 0.5}
@@ -146,6 +148,7 @@ def plan_joint_dataset(members: Sequence[str], plans_name: str, configuration: s
 def list_variants(dataset: str, args: argparse.Namespace) -> list[Variant]:
     """Everything that is measured; stock comes first."""
     from nnunet_kd.data.tasks import Tasks
+    from nnunet_kd.training.shape_intensity import LAST_FEATURES
     from nnunet_kd.training.terms import default_terms
 
     preset = default_terms(Tasks())
@@ -162,6 +165,12 @@ def list_variants(dataset: str, args: argparse.Namespace) -> list[Variant]:
             name = f"student, {what}" + (f" (teacher {precision})" if args.device == "cpu" else "")
             settings = {"teachers": teachers, "terms": terms}
             variants.append(Variant(name, "nnUNetTrainerKDStudent", dataset, args.p, settings))
+        name = "SIKD student" + (f" (teacher {precision})" if args.device == "cpu" else "")
+        settings = {
+            "teachers": {"shape": {"precision": precision}},
+            "terms": [{**LAST_FEATURES, "schedule": NO_SCHEDULE}],
+        }
+        variants.append(Variant(name, "nnUNetTrainerSIKDStudent", dataset, args.p, settings))
     return variants + [
         Variant(f"teacher, {count} members", TEACHER_TRAINER, joint_name(dataset, count), JOINT_PLANS)
         for count in args.members
@@ -169,7 +178,7 @@ def list_variants(dataset: str, args: argparse.Namespace) -> list[Variant]:
 
 
 def prepare(source: Path, args: argparse.Namespace) -> str:
-    """Link the members, plan the joint datasets, write the untrained teacher's checkpoint.
+    """Link the members, plan the joint datasets, write the untrained teachers' checkpoints.
 
     Returns:
         Where the teachers' architecture came from, for the report.
@@ -179,15 +188,19 @@ def prepare(source: Path, args: argparse.Namespace) -> str:
     for name in names:
         link_dataset(source, name, args)
     origins = {plan_joint_dataset(names[:count], args.p, args.c) for count in counts}
-    trainer = build_trainer(Variant("", TEACHER_TRAINER, joint_name(source.name, 2), JOINT_PLANS), args)
-    make_decided(trainer.joint_network)
-    trainer.disable_checkpointing = False
-    trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    for trainer_name, name, plans in (
+        (TEACHER_TRAINER, joint_name(source.name, 2), JOINT_PLANS),
+        (SHAPE_TRAINER, source.name, args.p),
+    ):
+        trainer = build_trainer(Variant("", trainer_name, name, plans), args)
+        make_decided(trainer.unwrapped_network())
+        trainer.disable_checkpointing = False
+        trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     return "; ".join(sorted(origins))
 
 
 def make_decided(network: Any) -> None:
-    """Let an untrained joint network favour the background, as a trained one does in most voxels.
+    """Let an untrained network favour the background, as a trained one does in most voxels.
 
     Without it all classes are nearly equal, their order depends on the precision, and bfloat16 may be refused.
     """
@@ -195,10 +208,9 @@ def make_decided(network: Any) -> None:
 
     with torch.no_grad():
         for layer in network.decoder.seg_layers:
-            for head in network.heads:
-                layer.bias[head.start : head.stop] -= 1
-                if not head.regions:
-                    layer.bias[head.start] += 2
+            layer.bias -= 1
+            backgrounds = [head.start for head in getattr(network, "heads", []) if not head.regions]
+            layer.bias[backgrounds or [0]] += 2
 
 
 # ---- one trainer ----------------------------------------------------------------------------------------------------
@@ -285,6 +297,12 @@ def wait_for(device: Any) -> None:
 
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def average(trainer: Any, batch: dict[str, Any]) -> None:
+    """Make the class-wise averaged images of a batch."""
+    trainer.teachers["shape"].see(batch)
+    wait_for(trainer.device)
 
 
 def check_equal(subjects: Sequence[Subject]) -> None:
@@ -422,6 +440,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         peak = row["memory"]["peak"]
         of_stock = peak / report["steps"][STOCK]["memory"]["peak"]
         lines.append(f"| {name} | {row['seconds']['median']:.4g} | {ratio(row)} | {peak / 1e9:.2f} | {of_stock:.3f} |")
+    averaging = report["averaging"]
+    lines += ["", f"Class-wise averaging of a batch takes {ratio(averaging)} of a stock step."]
     lines += ["", "| loader, one batch | seconds | ratio to stock (quartiles) |", "|---|---|---|"]
     lines += [f"| {name} | {row['seconds']['median']:.4g} | {ratio(row)} |" for name, row in report["loaders"].items()]
     return "\n".join(lines)
@@ -445,6 +465,11 @@ def measure(variants: Sequence[Variant], args: argparse.Namespace, workspace: Pa
     seconds = in_rotation([subject.step for subject in subjects], args.rounds)
     with_own_loader = [subject for subject in subjects if subject.members or subject.variant.name == STOCK]
     loading = in_rotation([functools.partial(timed, s.load) for s in with_own_loader], args.loader_rounds)
+    shape = next(subject for subject in subjects if "shape" in getattr(subject.trainer, "teachers", {}))
+    moved = dict(shape.batches[0])
+    shape.trainer.move_to_device(moved)
+    averaged = functools.partial(timed, lambda: average(shape.trainer, moved))
+    averaging = in_rotation([subjects[0].step, averaged], args.rounds)
     configuration = subjects[0].trainer.configuration_manager
     taught = [(s.variant.name, teacher) for s in subjects for teacher in getattr(s.trainer, "teachers", {}).values()]
     return {
@@ -463,6 +488,7 @@ def measure(variants: Sequence[Variant], args: argparse.Namespace, workspace: Pa
             }
             for subject, own in zip(subjects, seconds, strict=True)
         },
+        "averaging": {**summarise(averaging[1], averaging[0]), "all_seconds": averaging[1]},
         "loaders": {
             subject.variant.name: {**summarise(own, loading[0]), "all_seconds": own}
             for subject, own in zip(with_own_loader, loading, strict=True)
