@@ -25,7 +25,7 @@ from nnunet_kd.data.side_files import CaseBoxes
 from nnunet_kd.data.task_data import TaskData
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.evaluation.detection import PredictedBoxes
-from nnunet_kd.evaluation.tasks import write_box_predictions, write_classification_predictions
+from nnunet_kd.evaluation.prediction_files import write_box_predictions, write_classification_predictions
 from nnunet_kd.inference.task_files import boxes_in_stored_image
 from nnunet_kd.tasks.classification import ClassificationLoss, probabilities
 

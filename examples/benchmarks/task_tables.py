@@ -18,8 +18,9 @@ from nnunet_kd.evaluation.paired_tasks import (
     detection_scoring,
     summarize_runs,
 )
+from nnunet_kd.evaluation.prediction_files import read_box_predictions, read_classification_predictions
+from nnunet_kd.evaluation.reference import ReferenceDataset
 from nnunet_kd.evaluation.table import summarize, to_markdown
-from nnunet_kd.evaluation.tasks import ReferenceDataset, read_box_predictions, read_classification_predictions
 
 NAMES = {
     "auroc": "AUROC (macro)",

@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.tolerance_mm < 0:
         raise NnUNetKDError(f"--tolerance_mm {args.tolerance_mm} must not be negative.")
     # imported late, so that --help and errors in the arguments take no seconds
-    from nnunet_kd.evaluation.tasks import ReferenceDataset, evaluate_tasks
+    from nnunet_kd.evaluation.reference import ReferenceDataset
+    from nnunet_kd.evaluation.tasks import evaluate_tasks
 
     reference = ReferenceDataset.open(args.ref)
     cases: list[str] | None = None

@@ -15,7 +15,11 @@ from nnunet_kd.data.tasks import CLASSIFICATION_FILE, DETECTION_FILE, Classifica
 from nnunet_kd.demo.pipeline import METHODS, DemoDataset
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.evaluation.detection import PredictedBoxes
-from nnunet_kd.evaluation.tasks import ClassPredictions, read_box_predictions, read_classification_predictions
+from nnunet_kd.evaluation.prediction_files import (
+    ClassPredictions,
+    read_box_predictions,
+    read_classification_predictions,
+)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nnunet_kd.data.box_geometry import clip, to_original
 from nnunet_kd.data.tasks import CLASSIFICATION_FILE, DETECTION_FILE, ClassificationTarget
 from nnunet_kd.evaluation.detection import PredictedBoxes
-from nnunet_kd.evaluation.tasks import (
+from nnunet_kd.evaluation.prediction_files import (
     ClassPredictions,
     read_box_predictions,
     read_classification_predictions,

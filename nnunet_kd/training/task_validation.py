@@ -13,12 +13,9 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from torch import distributed
 
 from nnunet_kd.evaluation.detection import PredictedBoxes
-from nnunet_kd.evaluation.tasks import (
-    ReferenceDataset,
-    evaluate_tasks,
-    write_box_predictions,
-    write_classification_predictions,
-)
+from nnunet_kd.evaluation.prediction_files import write_box_predictions, write_classification_predictions
+from nnunet_kd.evaluation.reference import ReferenceDataset
+from nnunet_kd.evaluation.tasks import evaluate_tasks
 from nnunet_kd.files import write_json
 from nnunet_kd.inference.task_files import boxes_in_stored_image
 from nnunet_kd.inference.task_predictor import TaskPredictor

@@ -18,7 +18,7 @@ from nnunet_kd.demo.figure import Row, best_slice, grey_window
 from nnunet_kd.demo.pipeline import CONTROL, METHODS, STUDENT, TEACHER, DemoDataset
 from nnunet_kd.demo.report import class_text, image_files, report, typical_case
 from nnunet_kd.errors import NnUNetKDError
-from nnunet_kd.evaluation.tasks import write_box_predictions, write_classification_predictions
+from nnunet_kd.evaluation.prediction_files import write_box_predictions, write_classification_predictions
 
 NUM_CASES = 7
 

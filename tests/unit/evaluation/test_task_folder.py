@@ -18,16 +18,15 @@ from nnunet_kd.data.side_files import SideFileError
 from nnunet_kd.data.tasks import ClassificationTarget
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.evaluation.folder import evaluate_folder
-from nnunet_kd.evaluation.statistics import bootstrap_interval
-from nnunet_kd.evaluation.tasks import (
-    ReferenceDataset,
-    evaluate_tasks,
+from nnunet_kd.evaluation.prediction_files import (
     read_box_predictions,
     read_classification_predictions,
-    summarize_segmentation,
     write_box_predictions,
     write_classification_predictions,
 )
+from nnunet_kd.evaluation.reference import ReferenceDataset
+from nnunet_kd.evaluation.statistics import bootstrap_interval
+from nnunet_kd.evaluation.tasks import evaluate_tasks, summarize_segmentation
 
 GRADE = ClassificationTarget("grade", "classification.csv", ("grade",), ("II", "III"), multilabel=False)
 FINDINGS = ClassificationTarget("findings", "classification.csv", ("a", "b, c"), ("a", "b, c"), multilabel=True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nnunet_kd.cli.predict import main
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import NnUNetKDError
-from nnunet_kd.evaluation.tasks import read_box_predictions, read_classification_predictions
+from nnunet_kd.evaluation.prediction_files import read_box_predictions, read_classification_predictions
 from nnunet_kd.inference import case_collector
 from nnunet_kd.inference.task_files import boxes_in_stored_image
 from nnunet_kd.inference.task_predictor import TaskPredictor
