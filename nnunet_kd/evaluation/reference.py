@@ -49,7 +49,7 @@ class ReferenceDataset:
                 f"{reference} is neither a folder nor a dataset in nnUNet_preprocessed or nnUNet_raw. Give with -ref a "
                 f"raw or preprocessed dataset folder, or a dataset id."
             )
-        file = find_file(folders, ("dataset.json",)) or folders[0] / "dataset.json"
+        file = _find(folders, ("dataset.json",)) or folders[0] / "dataset.json"
         dataset_json = read_json(file, "Give with -ref a raw or preprocessed dataset folder, or a dataset id.")
         return cls(name, folders, dataset_json, Tasks.from_dataset_json(dataset_json))
 
@@ -59,7 +59,7 @@ class ReferenceDataset:
         Raises:
             NnUNetKDError: No folder has it.
         """
-        found = find_file(self.folders, (name,))
+        found = _find(self.folders, (name,))
         if found is None:
             searched = " nor in ".join(str(folder) for folder in self.folders)
             raise NnUNetKDError(f"{name} of {self.name} is not in {searched}. Put it there, or give another -ref.")
@@ -68,15 +68,15 @@ class ReferenceDataset:
     @property
     def segmentation_folder(self) -> Path | None:
         """``gt_segmentations`` or ``labelsTr``; None if there is neither."""
-        return find_file(self.folders, ("gt_segmentations", "labelsTr"))
+        return _find(self.folders, ("gt_segmentations", "labelsTr"))
 
     def segmented_cases(self) -> list[str]:
         """Cases with a reference segmentation, sorted."""
-        return stems(self.segmentation_folder, self.dataset_json["file_ending"])
+        return _stems(self.segmentation_folder, self.dataset_json["file_ending"])
 
     def cases(self) -> set[str]:
         """All training cases, also those without any label."""
-        images = stems(find_file(self.folders, ("imagesTr",)), self.dataset_json["file_ending"])
+        images = _stems(_find(self.folders, ("imagesTr",)), self.dataset_json["file_ending"])
         with_image = {image.rpartition("_")[0] for image in images}  # without the channel number
         return with_image | set(self.segmented_cases()) | set(self.dataset_json.get("dataset", {}))
 
@@ -109,12 +109,10 @@ class ReferenceDataset:
         return sorted(splits[fold]["val"])
 
 
-def find_file(folders: Iterable[Path], names: Sequence[str]) -> Path | None:
-    """The first of these files that one of the folders has, folder by folder; None if there is none."""
+def _find(folders: Iterable[Path], names: Sequence[str]) -> Path | None:
     return next((folder / name for folder in folders for name in names if (folder / name).exists()), None)
 
 
-def stems(folder: Path | None, file_ending: str) -> list[str]:
-    """Names of a folder's files without this ending, sorted."""
+def _stems(folder: Path | None, file_ending: str) -> list[str]:
     files = [] if folder is None else folder.glob(f"*{file_ending}")
     return sorted(file.name[: -len(file_ending)] for file in files)
