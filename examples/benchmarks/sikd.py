@@ -1,9 +1,11 @@
 """Shape-intensity distillation (SIKD) on real data: intra-dataset, cross-dataset, and together with the joint teacher.
 
-Every method is trained with the plans, budget, fold and seed of its control. Inside a dataset the validation cases of
-the fold are tested; across datasets (chest x-rays of Montgomery and Shenzhen) all cases of the other one, which no
-method but the joint ones has seen in any way. Dice, HD95 and NSD are those of the preprocessed grid, without mirroring.
-Controls and joint students of 306, 307 and 301 are those of real_data.py, which trains them if they are missing in OUT.
+Every method is trained with the plans, budget, fold and seed of its control; that of the paper's recipe has its loss,
+cross entropy. Inside a dataset the validation cases of the fold are tested. Across datasets (chest x-rays of Montgomery
+and Shenzhen) it is all cases of the other one; where the joint teacher takes part, which has seen the labelled training
+cases of both, it is the other one's validation cases of the fold. Dice, HD95 and NSD are those of the preprocessed
+grid, without mirroring. Controls and joint students of 306, 307 and 301 are those of real_data.py, which trains them
+if they are missing in OUT.
 
     NNUNET_KD_DATA=.../nnUNet_raw python examples/benchmarks/sikd.py -o OUT --datasets 306 307 --folds 0 1 --seeds 0 1
 """
@@ -11,6 +13,7 @@ Controls and joint students of 306, 307 and 301 are those of real_data.py, which
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -32,14 +35,23 @@ JOINT_TERMS = [
     {"teacher": "joint", "on": "logits", "loss": "kl", "temperature": 4.0, "weight": 1.0},
     {"teacher": "joint", "on": "features", "loss": "mse", "levels": ["bottleneck", "decoder@1/2"], "weight": 15.0},
 ]
-METHODS = ("control", "sikd", "paper", "joint", "both")
+METHODS = ("control", "sikd", "control_ce", "paper", "joint", "both")
 NAMES = {
     "control": "control",
+    "control_ce": "control, cross entropy",
     "sikd": "SIKD student",
     "paper": "SIKD student, paper's recipe",
     "joint": "joint student",
     "both": "joint + SIKD student",
 }
+JOINT_METHODS = ("joint", "both")
+COMPARISONS = (  # a control, what is compared with it, and whether the joint teacher takes part
+    ("control", ("sikd",), False),
+    ("control_ce", ("paper",), False),
+    ("control", ("sikd", "joint", "both"), True),
+    ("sikd", ("both",), True),
+    ("joint", ("both",), True),
+)
 TOLERANCE_MM = {"2d": 2.0, "3d_fullres": 1.0}
 
 
@@ -57,12 +69,13 @@ def prepare(root: Path, datasets: list[str]) -> None:
         real_data.write_small_plans(root / "preprocessed" / LIVER, real_data.WIDTH["2d"])
 
 
-def run_of(method: str, dataset: str, fold: int, seed: int) -> Run:
+def run_of(method: str, dataset: str, fold: int, seed: int, weight: float) -> Run:
     """The training of a method; those that real_data.py has too are its own."""
+    variant = f"W{weight:g}" if method in ("sikd", "both") and weight != SHAPE_TERM["weight"] else ""
     joint = JOINT_SCENARIO.get(dataset, "s")
     if method in ("control", "joint"):
         return Run(joint, "control" if method == "control" else "student", dataset, fold, seed)
-    return Run("s", method, dataset, fold, seed)
+    return Run("s", method, dataset, fold, seed, variant)
 
 
 def folder_of(root: Path, run: Run) -> Path:
@@ -70,7 +83,9 @@ def folder_of(root: Path, run: Run) -> Path:
     return next((root / "results" / run.name / run.dataset).glob(f"*__{SMALL_PLANS}__{CONFIGURATION[run.dataset]}"))
 
 
-def plan_runs(datasets: list[str], methods: list[str], folds: list[int], seeds: list[int]) -> list[list[Run]]:
+def plan_runs(
+    datasets: list[str], methods: list[str], folds: list[int], seeds: list[int], weight: float
+) -> list[list[Run]]:
     """Trainings in three groups that depend on those before them: teachers, joint teachers too; the rest."""
     teachers, others = [], []
     for dataset in datasets:
@@ -80,12 +95,12 @@ def plan_runs(datasets: list[str], methods: list[str], folds: list[int], seeds: 
                     teachers.append(Run("s", "shape", dataset, fold, seed))
                 if "paper" in methods:
                     teachers.append(Run("s", "shapepaper", dataset, fold, seed))
-                if {"joint", "both"} & set(methods) and dataset in JOINT_SCENARIO:
+                if set(JOINT_METHODS) & set(methods) and dataset in JOINT_SCENARIO:
                     scenario = JOINT_SCENARIO[dataset]
                     teachers.append(Run(scenario, "teacher", SCENARIOS[scenario].members[0], fold, seed))
                 for method in methods:
-                    if dataset in JOINT_SCENARIO or method not in ("joint", "both"):
-                        others.append(run_of(method, dataset, fold, seed))
+                    if dataset in JOINT_SCENARIO or method not in JOINT_METHODS:
+                        others.append(run_of(method, dataset, fold, seed, weight))
     return [list(dict.fromkeys(teachers)), others]
 
 
@@ -101,11 +116,13 @@ def settings_of(root: Path, run: Run, steps: int, epochs: int, weight: float) ->
         "seed": run.seed,
         "save_every": 1000,
     }
+    if run.kind == "control_ce":
+        training["loss"] = "ce"
     recipe = "paper" if run.kind in ("paper", "shapepaper") else "nnunet"
     settings: dict[str, Any] = {"training": training, "sikd": {"recipe": recipe}}
     if run.kind in ("shape", "shapepaper"):
         return "nnUNetTrainerSIKDTeacher", settings
-    if run.kind == "control":
+    if run.kind in ("control", "control_ce"):
         return "nnUNetTrainerKDControl", settings
     shape = Run("s", "shapepaper" if run.kind == "paper" else "shape", run.dataset, run.fold, run.seed)
     settings["teachers"] = {"shape": {"kind": "class_average", "model": str(folder_of(root, shape))}}
@@ -156,7 +173,8 @@ def test(root: Path, run: Run) -> None:
         own = json.loads(member.splits_file.read_text())[run.fold]["val"]
         data = member.dataset_class(str(member.data_folder))
         labels = {name: value for name, value in member.dataset_json["labels"].items() if value}
-        for case in own if dataset == run.dataset else member.identifiers:
+        unseen = dataset != run.dataset and run.kind not in JOINT_METHODS and run.kind != "student"
+        for case in member.identifiers if unseen else own:
             image, reference, _, _ = data.load_case(case)
             logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(image[:])))
             truth, prediction = np.asarray(reference[0]).clip(0), logits.argmax(0).numpy()
@@ -164,7 +182,7 @@ def test(root: Path, run: Run) -> None:
             spacing += tuple(member.configuration_manager.spacing)
             scores = evaluate_case(truth, prediction, list(labels.values()), spacing, TOLERANCE_MM[configuration])
             rows += [
-                {"tested_on": dataset, "case": case, "class": name, **asdict(score)}
+                {"tested_on": dataset, "case": case, "held_out": case in own, "class": name, **asdict(score)}
                 for name, score in zip(labels, scores, strict=True)
             ]
     (root / "sikd").mkdir(exist_ok=True)
@@ -174,34 +192,33 @@ def test(root: Path, run: Run) -> None:
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def collect(root: Path, datasets: list[str], methods: list[str], folds: list[int], seeds: list[int]) -> None:
-    """One table per metric."""
+def collect(root: Path, datasets: list[str], folds: list[int], seeds: list[int], weight: float) -> None:
+    """One table per metric and comparison."""
     import pandas as pd
 
     from nnunet_kd.evaluation.table import summarize, to_markdown, write_table
 
-    rows = []
-    for dataset in datasets:
-        for method in methods:
-            for fold in folds:
-                for seed in seeds:
-                    file = root / "sikd" / f"{run_of(method, dataset, fold, seed).name}.json"
-                    for row in json.loads(file.read_text()) if file.is_file() else ():
-                        where = "" if row["tested_on"] == dataset else f" on all of {row['tested_on'][7:10]}"
-                        rows.append(
-                            {
-                                **row,
-                                "dataset": dataset[7:10] + where,
-                                "method": NAMES[method],
-                                "fold": fold,
-                                "seed": seed,
-                            }
-                        )
-    frame = pd.DataFrame(rows)
-    for metric, name, higher in (("dice", "Dice", True), ("hd95_mm", "HD95 (mm)", False), ("nsd", "NSD", True)):
-        table = summarize(frame, NAMES["control"], metric=metric, higher_is_better=higher)
-        write_table(table, root / "sikd", f"table_{metric}", metric=name)
-        print(to_markdown(table, metric=name) + "\n")
+    for control, others, joint in COMPARISONS:
+        rows = []
+        for dataset, method, fold, seed in itertools.product(datasets, (control, *others), folds, seeds):
+            file = root / "sikd" / f"{run_of(method, dataset, fold, seed, weight).name}.json"
+            for row in json.loads(file.read_text()) if file.is_file() else ():
+                across = row["tested_on"] != dataset
+                if joint and not row["held_out"]:
+                    continue
+                which = "validation cases" if joint else "all"
+                where = f", {which} of {row['tested_on'][7:10]}" if across else ""
+                place = {"dataset": dataset[7:10] + where, "method": NAMES[method], "fold": fold, "seed": seed}
+                rows.append({**row, **place})
+        frame = pd.DataFrame(rows)
+        if not len(frame) or frame["method"].nunique() < 2 or NAMES[control] not in set(frame["method"]):
+            continue
+        name = f"{control}_against_{'_'.join(others)}"
+        for metric, title, higher in (("dice", "Dice", True), ("hd95_mm", "HD95 (mm)", False), ("nsd", "NSD", True)):
+            table = summarize(frame, NAMES[control], metric=metric, higher_is_better=higher)
+            write_table(table, root / "sikd", f"{name}_{metric}", metric=title)
+            print(to_markdown(table, metric=title).replace("difference to control", f"difference to {NAMES[control]}"))
+            print()
 
 
 def start(root: Path, run: Run, args: argparse.Namespace, testing: bool) -> None:
@@ -216,6 +233,15 @@ def start(root: Path, run: Run, args: argparse.Namespace, testing: bool) -> None
     env = environment(root / "raw", root, "preprocessed", run.name, 1)
     call(command, env, log)
     print(f"{log.stem}: done", flush=True)
+
+
+def refuse_other_budget(root: Path, runs: list[Run], steps: int) -> None:
+    """Stop where a finished run had other steps."""
+    for run in runs:
+        file = root / "runs" / f"{run.name}.json"
+        recorded = json.loads(file.read_text())["steps"] if file.is_file() else steps
+        if recorded != steps:
+            sys.exit(f"{file} was trained for {recorded} steps. Choose another -o, or --steps {recorded}.")
 
 
 def main() -> None:
@@ -245,14 +271,15 @@ def main() -> None:
         sys.exit("Set NNUNET_KD_DATA to the nnUNet_raw folder with the real data.")
     datasets = [DATASETS[number] for number in args.datasets]
     prepare(root, datasets)
-    groups = plan_runs(datasets, args.methods, args.folds, args.seeds)
+    groups = plan_runs(datasets, args.methods, args.folds, args.seeds, args.weight)
+    refuse_other_budget(root, [run for group in groups for run in group], args.steps)
     for group in groups:
         with ThreadPoolExecutor(args.workers) as pool:
             list(pool.map(lambda run: start(root, run, args, testing=False), real_data.jobs(root, group)))
     untested = [run for run in groups[-1] if not (root / "sikd" / f"{run.name}.json").is_file()]
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(lambda run: start(root, run, args, testing=True), untested))
-    collect(root, datasets, args.methods, args.folds, args.seeds)
+    collect(root, datasets, args.folds, args.seeds, args.weight)
 
 
 if __name__ == "__main__":

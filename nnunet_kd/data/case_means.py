@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from tqdm import tqdm
 
 from nnunet_kd.data.member import Member
@@ -36,22 +37,13 @@ class CaseMeans:
 
 
 def read_case_means(member: Member) -> CaseMeans:
-    """The means of all preprocessed cases; measured and written first where they are missing or out of date."""
-    file = means_file(member)
-    state = {key: value for key, value in member.state().items() if key != "splits"}
-    if file.is_file():
-        recorded = json.loads(file.read_text())
-        if recorded["state"] == state:
-            return CaseMeans(recorded["means"])
-    data = member.dataset_class(str(member.data_folder))
-    means = {}
-    for case in tqdm(member.identifiers, desc=f"Class means of {member.name}"):
-        image, segmentation, _, _ = data.load_case(case)
-        labels = np.asarray(segmentation[0])
-        means[case] = _means(np.asarray(image[:]), labels, member.label_space.label_values)
-    file.parent.mkdir(exist_ok=True)
-    write_json(file, {"state": state, "means": means})
-    return CaseMeans(means)
+    """The means of all preprocessed cases; where they are missing or out of date, one process measures them first."""
+    several = distributed.is_available() and distributed.is_initialized()
+    if not several or distributed.get_rank() == 0:
+        _bring_up_to_date(member)
+    if several:
+        distributed.barrier()
+    return CaseMeans(json.loads(means_file(member).read_text())["means"])
 
 
 def means_file(member: Member) -> Path:
@@ -59,13 +51,33 @@ def means_file(member: Member) -> Path:
     return member.base_folder / FOLDER / f"{member.configuration_manager.data_identifier}.json"
 
 
+def _bring_up_to_date(member: Member) -> None:
+    file, state = means_file(member), _state(member)
+    if file.is_file() and json.loads(file.read_text())["state"] == state:
+        return
+    data = member.dataset_class(str(member.data_folder))
+    means = {}
+    for case in tqdm(member.identifiers, desc=f"Class means of {member.name}"):
+        image, segmentation, _, _ = data.load_case(case)
+        means[case] = _means(image[:], segmentation[:][0], member.label_space.label_values)
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, {"state": state, "means": means})
+
+
+def _state(member: Member) -> str:
+    """Changes with the labels that are told apart and with any preprocessed file, and with nothing else."""
+    files = sorted((entry.name, entry.stat()) for entry in member.data_folder.iterdir() if entry.is_file())
+    seen = [member.label_space.label_values, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+
 def _means(image: np.ndarray, labels: np.ndarray, values: tuple[int, ...]) -> list[list[float]]:
     """Mean of each channel over the voxels of each label; 0 for a label that does not occur.
 
     Voxels outside nnU-Net's crop (-1) are background, as they are in a batch.
     """
-    labels = np.maximum(labels, 0)
-    inside = [labels == value for value in values]
-    return [
-        [float(channel[mask].mean(dtype=np.float64)) if mask.any() else 0.0 for mask in inside] for channel in image
-    ]
+    places = np.maximum(labels, 0).astype(np.int64).ravel()
+    length = max(values) + 2  # the ignore label may follow
+    counts = np.maximum(np.bincount(places, minlength=length), 1)
+    means = [np.bincount(places, weights=channel.ravel(), minlength=length) / counts for channel in image]
+    return [[float(own[value]) for value in values] for own in means]

@@ -19,7 +19,7 @@ from nnunet_kd.settings import BLOCK
 from nnunet_kd.settings import Teacher as TeacherSettings
 from nnunet_kd.spaces.labels import LabelSpace
 from nnunet_kd.teachers.averaging import check_labels, class_indices, class_means, paint
-from nnunet_kd.teachers.discover import CLASS_AVERAGE_TRAINER
+from nnunet_kd.teachers.discover import CLASS_AVERAGE_TRAINER, base_plans
 from nnunet_kd.teachers.nnunet import AVERAGES, NNUNetTeacher, Student
 
 Scope = Literal["patch", "case"]
@@ -29,15 +29,13 @@ class ClassAverage:
     """Makes averaged images of batches.
 
     Args:
-        space: The labels of the batches.
+        member: The dataset of the batches.
         scope: "patch" takes the means of what the network sees; "case" those of the whole case, before augmentation.
-        member: The dataset, for "case".
     """
 
-    def __init__(self, space: LabelSpace, scope: Scope, member: Member) -> None:
-        check_labels(space)
-        self.space = space
-        self.scope = scope
+    def __init__(self, member: Member, scope: Scope) -> None:
+        self.space = member.label_space
+        check_labels(self.space)
         self._case_means: CaseMeans | None = read_case_means(member) if scope == "case" else None
 
     @torch.no_grad()
@@ -62,6 +60,11 @@ class ClassAverageTeacher(NNUNetTeacher):
     always_projects = False  # as in the paper
 
     def __init__(self, name: str, settings: TeacherSettings, student: Student) -> None:
+        if student.num_previous_stage_channels:
+            raise NotImplementedError(
+                f"Teacher '{name}' sees averaged images, which is not supported in the second stage of a cascade "
+                f"({student.dataset} {student.configuration}). Train the student in 3d_lowres or 3d_fullres."
+            )
         super().__init__(name, settings, student)
         self.scope: Scope = "patch"
         own, other = student.label_space, LabelSpace.from_dataset_json(self.dataset_json)
@@ -70,11 +73,6 @@ class ClassAverageTeacher(NNUNetTeacher):
                 f"Teacher '{name}' in {self.folder} learned the labels {self.dataset_json['labels']}, but "
                 f"{student.dataset} has {student.dataset_json['labels']}. A class-average teacher needs the labels of "
                 f"its student. {how_to_train(student)}"
-            )
-        if student.num_previous_stage_channels:
-            raise NotImplementedError(
-                f"Teacher '{name}' sees averaged images, which is not supported in the second stage of a cascade "
-                f"({student.dataset}). Train the student in 3d_lowres or 3d_fullres."
             )
 
     def check_checkpoint(self, file: Path, checkpoint: dict[str, Any]) -> None:
@@ -92,8 +90,10 @@ class ClassAverageTeacher(NNUNetTeacher):
         """Also prepare the averages."""
         super().load(*args, **kwargs)
         student = self.student
-        names = (student.dataset, student.plans_manager.plans_name, student.configuration)
-        self.average = ClassAverage(student.label_space, self.scope, Member(*names))
+        plans, plans_name = student.plans_manager.plans, student.plans_manager.plans_name
+        description = {"plans": plans, "dataset_json": student.dataset_json}
+        member = Member(student.dataset, plans_name, student.configuration, description)
+        self.average = ClassAverage(member, self.scope)
 
     def see(self, batch: Mapping[str, Any]) -> Tensor:
         """The averaged images of a batch."""
@@ -104,5 +104,5 @@ def how_to_train(student: Student) -> str:
     """The command that trains the teacher of a student."""
     return (
         f"Train one: nnUNetv2_train {student.dataset[7:10]} {student.configuration} {student.fold} "
-        f"-tr {CLASS_AVERAGE_TRAINER} -p {student.plans_manager.plans_name}"
+        f"-tr {CLASS_AVERAGE_TRAINER} -p {base_plans(student.plans_manager.plans)}"
     )

@@ -78,15 +78,20 @@ def is_wanted(name: str, joint: str | None) -> bool:
     return joint is None or name == joint or name[7:10] == str(joint).zfill(3)
 
 
-def class_average_model(plans: dict[str, Any], configuration: str) -> str:
+def class_average_model(plans: dict[str, Any], configuration: str, fold: int | str, checkpoint: str) -> str:
     """Model folder, relative to nnUNet_results, of the class-average teacher trained on a student's own dataset.
 
-    That of the same plans, or, where these were made for a smaller student and have none, of the plans they came from.
+    That of the same plans if it is trained, else of the plans they came from (those of a smaller student, or with
+    heads, which such a teacher does not have).
     """
-    base = plans.get(BLOCK, {}).get("student", {}).get("base", plans["plans_name"])
-    models = [
+    own, base = (
         f"{plans['dataset_name']}/{CLASS_AVERAGE_TRAINER}__{name}__{configuration}"
-        for name in (plans["plans_name"], base)
-    ]
-    trained = (model for model in models if (Path(str(nnUNet_results)) / model).is_dir())
-    return next(trained, models[-1])
+        for name in (plans["plans_name"], base_plans(plans))
+    )
+    return own if (Path(str(nnUNet_results)) / own / f"fold_{fold}" / checkpoint).is_file() else base
+
+
+def base_plans(plans: dict[str, Any]) -> str:
+    """Name of the plans that a student's plans were made from; their own where they are stock."""
+    name: str = plans.get(BLOCK, {}).get("student", {}).get("base", plans["plans_name"])
+    return name

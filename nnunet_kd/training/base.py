@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,7 +67,7 @@ class KDTrainer(nnUNetTrainer):
         loss: nn.Module = super()._build_loss()
         if self.settings.training.loss == "ce":
             part: Any = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
-            part.weight_dice = 0
+            part.dc = NoDice()
         return loss
 
     def build_auxiliary(self) -> nn.ModuleDict:
@@ -163,6 +163,18 @@ class KDTrainer(nnUNetTrainer):
         # nnU-Net wraps for DDP only after it has asked for the optimizer
         network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
         return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+class NoDice(nn.Module):
+    """Stands in nnU-Net's compound losses for the Dice loss and is always 0.
+
+    Its weight must not be 0: without an annotated voxel the compound loss would be a plain number then.
+    """
+
+    def forward(self, output: Tensor, target: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+        """A zero that depends on the output."""
+        del target, loss_mask
+        return output.sum() * 0
 
 
 def recorded_settings(extra: dict[str, Any]) -> Settings:

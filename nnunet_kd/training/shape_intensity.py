@@ -33,11 +33,10 @@ from nnunet_kd.training.student import nnUNetTrainerKDStudent
 
 LAST_FEATURES = {"teacher": "shape", "on": "features", "loss": "mse", "levels": ["decoder@1"], "weight": 2.0}
 RECIPES: dict[str, dict[str, Any]] = {
-    "nnunet": {"terms": [LAST_FEATURES]},  # our choice: nnU-Net's loss, standardised features, our ramp and guard
+    "nnunet": {"terms": [LAST_FEATURES]},  # our choice: nnU-Net's loss, standardised features, our ramp
     "paper": {
         "training": {"loss": "ce"},
         "terms": [{**LAST_FEATURES, "schedule": {"kind": "constant"}, "options": {"standardise": False}}],
-        "guard": {"margin": None, "exponent": 0.0},
     },
 }
 
@@ -84,17 +83,23 @@ class nnUNetTrainerSIKDTeacher(KDTrainer):
 
     def on_train_start(self) -> None:
         """Require that each class occurs, prepare the averages, then start as stock nnU-Net does."""
-        plans_name = self.plans_manager.plans_name
-        member = Member(self.plans_manager.dataset_name, plans_name, self.configuration_name)
+        manager = self.plans_manager
+        description = {"plans": manager.plans, "dataset_json": self.dataset_json}
+        member = Member(manager.dataset_name, manager.plans_name, self.configuration_name, description)
+        self.training_cases = sorted(self.do_split()[0])
         self._require_all_classes(member)
-        self.average = ClassAverage(member.label_space, self.settings.sikd.scope, member)
+        self.average = ClassAverage(member, self.settings.sikd.scope)
         super().on_train_start()
+        self.print_to_log_file(
+            "Training and pseudo Dice are those of class-wise averaged images, in which nearly every network is good.",
+            add_timestamp=False,
+        )
 
     def _require_all_classes(self, member: Member) -> None:
         """Raise SettingsError where averaged images of a class could never be made in this fold."""
         data, labels = member.dataset_class(str(member.data_folder)), self.label_manager
         missing = set(labels.foreground_regions if labels.has_regions else labels.foreground_labels)
-        for case in self.do_split()[0]:
+        for case in self.training_cases:
             found = data.load_case(case)[3]["class_locations"]  # kept by nnU-Net's preprocessing
             missing -= {label for label in missing if len(found.get(label, ()))}
             if not missing:
@@ -127,17 +132,15 @@ class nnUNetTrainerSIKDTeacher(KDTrainer):
 
     def checkpoint_extra(self) -> dict[str, Any]:
         """Also that it saw averaged images, of which scope, and of which cases."""
-        cases = {self.plans_manager.dataset_name: sorted(self.do_split()[0])}
+        cases = {self.plans_manager.dataset_name: self.training_cases}
         return {**super().checkpoint_extra(), AVERAGES: {"scope": self.settings.sikd.scope}, "training_cases": cases}
 
 
 class nnUNetTrainerSIKDStudent(nnUNetTrainerKDStudent):
     """The student of a class-average teacher: the student trainer with another list of terms."""
 
-    preset: ClassVar[dict[str, Any]] = {
-        **nnUNetTrainerKDStudent.preset,
-        "teachers": {"shape": {"kind": "class_average"}},
-    }
+    # no guard: how well its teacher segments images that show the labels says nothing about what its features are worth
+    preset: ClassVar[dict[str, Any]] = {"teachers": {"shape": {"kind": "class_average"}}}
 
     def method_preset(self, given: dict[str, Any]) -> dict[str, Any]:
         """The terms of the recipe."""

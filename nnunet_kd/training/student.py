@@ -29,6 +29,7 @@ from nnunet_kd.settings import (
     BLOCK,
     DESCRIPTION_KEYS,
     Settings,
+    Teacher,
     Term,
     check_types,
     merge,
@@ -94,11 +95,14 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         terms = given.get("terms", preset["terms"])
         found: dict[str, Any] = {}
         needs_joint = any(term.get("teacher", "joint") == "joint" for term in terms)
+        recorded = self._recorded(plans, configuration, fold)
         if needs_joint and not teachers.get("joint", {}).get("model"):
-            found = self._find_teacher(plans, configuration, fold, given)
+            found = self._find_teacher(plans, configuration, fold, given, recorded)
         for name, teacher in teachers.items():
             if teacher.get("kind") == "class_average" and not teacher.get("model"):
-                model = class_average_model(plans, configuration)
+                checkpoint = teacher.get("checkpoint", Teacher().checkpoint)
+                model = recorded.get("teachers", {}).get(name, {}).get("model")
+                model = model or class_average_model(plans, configuration, fold, checkpoint)
                 found = merge(found, {"teachers": {name: {"model": model}}})
         settings = resolve_settings(preset, found, given)
         fitted = fit_terms(settings.terms, plans["dataset_name"], self.planned_tasks, self.planned_boxes)
@@ -109,17 +113,24 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         del given
         return self.preset
 
-    def _find_teacher(self, plans: dict, configuration: str, fold: int | str, given: dict[str, Any]) -> dict[str, Any]:
-        """The recorded teacher of this very training if there is one, else the joint teacher that fits."""
+    def _recorded(self, plans: dict, configuration: str, fold: int | str) -> dict[str, Any]:
+        """The settings of this very training if it is continued; else nothing."""
         name = f"{self.__class__.__name__}__{plans['plans_name']}__{configuration}"
         folder = Path(str(nnUNet_results)) / plans["dataset_name"] / name / f"fold_{fold}"
         started = any((folder / f"checkpoint_{kind}.pth").is_file() for kind in ("final", "latest", "best"))
         resumed = plans.get("continue_training") or (folder / "checkpoint_final.pth").is_file()
-        if started and resumed and (folder / SETTINGS_FILE).is_file():
-            recorded = json.loads((folder / SETTINGS_FILE).read_text())
-            if "joint" in recorded["teachers"] and is_wanted(str(recorded["joint"]), given.get("joint")):
-                return {"joint": recorded["joint"], "teachers": {"joint": recorded["teachers"]["joint"]}}
-        checkpoint = given.get("teachers", {}).get("joint", {}).get("checkpoint", "checkpoint_final.pth")
+        if not started or not resumed or not (folder / SETTINGS_FILE).is_file():
+            return {}
+        recorded: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text())
+        return recorded
+
+    def _find_teacher(
+        self, plans: dict, configuration: str, fold: int | str, given: dict[str, Any], recorded: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The recorded teacher of this very training if there is one, else the joint teacher that fits."""
+        if "joint" in recorded.get("teachers", {}) and is_wanted(str(recorded["joint"]), given.get("joint")):
+            return {"joint": recorded["joint"], "teachers": {"joint": recorded["teachers"]["joint"]}}
+        checkpoint = given.get("teachers", {}).get("joint", {}).get("checkpoint", Teacher().checkpoint)
         return discover_joint_teacher(plans["dataset_name"], configuration, fold, given.get("joint"), checkpoint)
 
     # ---- set-up -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,15 @@ def train(world: Any, dataset: int, trainer: str, *args: str, settings: Any = SE
     command = ("nnUNetv2_train", str(dataset), "3d_fullres", "0", "-tr", trainer, "-device", "cpu", *args)
     output: str = world.run(*command, settings=settings, check=check)
     return output
+
+
+def kill_when(started: Any, reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not reached():
+        assert started.poll() is None, started.output.read_text()
+        assert time.monotonic() < deadline, started.output.read_text()
+        time.sleep(0.01)
+    started.kill()
 
 
 def model(world: Any, dataset: str, trainer: str, plans: str = "nnUNetPlans") -> Path:
@@ -146,14 +157,41 @@ def test_means_of_whole_cases_are_measured_once(copied: Any) -> None:
 
 
 def test_training_goes_on_where_it_stopped(copied: Any) -> None:
-    train(copied, 1, "nnUNetTrainerSIKDTeacher")
-    straight = load_checkpoint(model(copied, ALPHA, "nnUNetTrainerSIKDTeacher") / "fold_0" / "checkpoint_final.pth")
-    longer = {"training": {**SHORT, "num_epochs": 3}}
-    output = train(copied, 1, "nnUNetTrainerSIKDTeacher", "--c", settings=longer, check=False)
-    assert "trained with other settings: training.num_epochs was 2, is 3" in output
-    train(copied, 1, "nnUNetTrainerSIKDTeacher", "--c")
-    again = load_checkpoint(model(copied, ALPHA, "nnUNetTrainerSIKDTeacher") / "fold_0" / "checkpoint_final.pth")
-    assert all(torch.equal(again["network_weights"][key], own) for key, own in straight["network_weights"].items())
+    longer = {"training": {**SHORT, "num_epochs": 3, "save_every": 1}}
+    for trainer in ("nnUNetTrainerSIKDTeacher", "nnUNetTrainerSIKDStudent"):
+        fold = model(copied, ALPHA, trainer) / "fold_0"
+        shutil.rmtree(fold.parent, ignore_errors=True)
+        words = ("nnUNetv2_train", "1", "3d_fullres", "0", "-tr", trainer, "-device", "cpu")
+        started = copied.start(*words, settings=longer)
+        kill_when(started, lambda fold=fold: (fold / "checkpoint_latest.pth").is_file())
+        before = load_checkpoint(fold / "checkpoint_latest.pth")
+        output = train(copied, 1, trainer, "--c", settings=SETTINGS, check=False)
+        assert "trained with other settings: training.num_epochs was 3, is 2" in output
+        output = train(copied, 1, trainer, "--c", settings=longer)
+        assert "Epoch 0" not in output
+        assert f"Epoch {before['current_epoch']}" in output
+        after = load_checkpoint(fold / "checkpoint_final.pth")
+        assert any(
+            not torch.equal(after["network_weights"][key], own) for key, own in before["network_weights"].items()
+        )
+    train(copied, 1, "nnUNetTrainerSIKDStudent", "--val", settings=longer)
+    assert (fold / "validation" / "summary.json").is_file()
+
+
+def test_2d_with_residual_encoder_and_a_smaller_student(copied: Any) -> None:
+    copied.run("nnUNetv2_plan_experiment", "-d", "1", "-pl", "nnUNetPlannerResEncM", "-overwrite_plans_name", "ResEnc")
+    copied.run("nnUNetv2_preprocess", "-d", "1", "-plans_name", "ResEnc", "-c", "2d", "-np", "1")
+    narrow = ("-d", "1", "-p", "ResEnc", "--width", "0.5", "--min_features", "4", "-plans_name", "Narrow")
+    copied.run("nnUNetKD_plan_student", *narrow)
+    words = ("nnUNetv2_train", "1", "2d", "0", "-device", "cpu", "-tr")
+    copied.run(*words, "nnUNetTrainerSIKDTeacher", "-p", "ResEnc", settings=SETTINGS)
+    output = copied.run(*words, "nnUNetTrainerSIKDStudent", "-p", "Narrow", settings=SETTINGS)
+    assert "nnUNetTrainerSIKDTeacher__ResEnc__2d" in output
+    assert float(re.findall(rf"{re.escape(TERM)}: (\S+), weighted", output)[-1]) > 0
+    folder = copied.results / ALPHA / "nnUNetTrainerSIKDStudent__Narrow__2d"
+    checkpoint = load_checkpoint(folder / "fold_0" / "checkpoint_final.pth")
+    ((dimension, own, other),) = checkpoint["nnunet_kd"]["projector_shapes"].values()
+    assert (dimension, 2 * own) == (2, other)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -173,8 +211,7 @@ def test_errors_name_the_next_step(copied: Any) -> None:
     assert 'Give it "kind": "class_average" in the settings' in output
     settings = {"training": SHORT, "teachers": {"shape": {"model": averages}}}
     output = train(copied, 3, "nnUNetTrainerSIKDStudent", settings=settings, check=False)
-    assert ALPHA in output
-    assert "Error" in output
+    assert re.search(r"LabelSpaceError: Teacher 'shape' in .*'cyst'", output, re.DOTALL)
 
 
 def test_a_class_that_never_occurs_is_refused(copied: Any) -> None:
@@ -187,6 +224,18 @@ def test_a_class_that_never_occurs_is_refused(copied: Any) -> None:
     shutil.rmtree(model(copied, ALPHA, "nnUNetTrainerSIKDTeacher"))
 
 
-def test_heads_and_unknown_recipes_are_refused(planned: Any) -> None:
+def test_unknown_recipes_are_refused(planned: Any) -> None:
     output = train(planned, 1, "nnUNetTrainerSIKDTeacher", settings={"sikd": {"recipe": "soup"}}, check=False)
     assert "'sikd.recipe' is 'soup'. Allowed: 'nnunet', 'paper'" in output
+
+
+def test_plans_with_heads_are_refused(copied: Any, write_side_files: Callable[[Path], None]) -> None:
+    raw = copied.raw / ALPHA
+    write_side_files(raw)
+    target = {"file": "classification.csv", "column": "size", "classes": ["small", "large"]}
+    declared = {"tasks": {"segmentation": True, "classification": target}}
+    dataset_json = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps({**dataset_json, "nnunet_kd": declared}))
+    copied.plan("-d", "1", "-c", "3d_fullres", "-plans_name", "WithHeads")
+    output = train(copied, 1, "nnUNetTrainerSIKDTeacher", "-p", "WithHeads", check=False)
+    assert "WithHeads has heads for classes or boxes, which averaged images cannot teach" in output

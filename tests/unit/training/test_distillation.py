@@ -208,6 +208,31 @@ def test_feature_term_is_the_mean_over_its_levels() -> None:
     assert projectors[projector_name("joint", "bottleneck")].convolution.weight.grad is not None
 
 
+@pytest.mark.parametrize("space", [LABELS, IGNORING, REGIONS])
+def test_patches_of_nothing_but_background_can_be_left_out(space: LabelSpace) -> None:
+    features, taught = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    target = torch.zeros(3, 3 if space.regions else 1, 8, 8)
+    target[1, 0, 2:4, 2:4] = 1  # a foreground class; sample 0 has none
+    target[2, -1] = 1 if space.regions else (3 if space.ignore else 0)  # sample 2 is not annotated, or background
+    changes = {"on": "features", "loss": "mse", "levels": ["bottleneck"], "temperature": None}
+
+    def value(samples: list[int], **more: Any) -> float:
+        loss = make_loss(
+            [term(**changes, options={"standardise": False}, **more)],
+            identity(space),
+            levels=("bottleneck",),
+            level_weights=(1.0,),
+        )
+        loss.teacher_outputs["joint"] = TeacherOutput(features={"bottleneck": taught[samples]})
+        outputs = [torch.zeros(len(samples), space.num_channels, 8, 8)]
+        return float(loss((outputs, [features[samples]]), [target[samples]]))
+
+    expected = float((features[1] - taught[1]).square().mean())
+    assert value([0, 1, 2], foreground_only=True) == pytest.approx(expected, rel=1e-5)
+    assert value([0], foreground_only=True) == 0
+    assert value([0, 1]) == pytest.approx(float((features[:2] - taught[:2]).square().mean()), rel=1e-5)
+
+
 def test_terms_of_one_kind_are_logged_apart() -> None:
     loss = make_loss([term(temperature=1.0), term(temperature=4.0)])
     loss.teacher_outputs["joint"] = TeacherOutput(torch.randn(2, 3, 8, 8))
