@@ -24,7 +24,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -390,6 +390,51 @@ def method_name(run: Run, scenario: Scenario) -> str:
     return "teacher head" + (f", {aligned}" if scenario.against_teacher_of and aligned != "none" else "")
 
 
+# ---- what all benchmarks on real data share --------------------------------------------------------------------------
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
+    """Where, which folds and seeds, and the budget; ``steps`` is its default."""
+    parser.add_argument("-o", type=Path, required=True, help="Folder for everything; finished runs are not repeated")
+    parser.add_argument("--folds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--steps", type=int, default=steps, help="Training steps of everything but a joint teacher")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=2, help="Runs at the same time, one thread each")
+    parser.add_argument("--run", default=None, help=argparse.SUPPRESS)
+
+
+def add_variant_arguments(parser: argparse.ArgumentParser) -> None:
+    """Other settings of the students, and their name."""
+    parser.add_argument("--settings", default="{}", help="Inline JSON for the students, for trying other terms")
+    parser.add_argument("--variant", default="", help="Name of these settings in the table")
+
+
+def need_data() -> None:
+    """Stop where it is not said where the real data is."""
+    if "NNUNET_KD_DATA" not in os.environ:
+        sys.exit("Set NNUNET_KD_DATA to the nnUNet_raw folder with the real data.")
+
+
+def for_each(runs: list[Run], action: Callable[[Run], None], workers: int) -> None:
+    """Call ``action`` for every run, some at the same time."""
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(action, runs))
+
+
+def start_again(
+    script: str, root: Path, run: Run, more: list[str], args: argparse.Namespace, env: dict[str, str]
+) -> None:
+    """Call ``script`` in a process of its own for one run; a failure is reported and does not stop the others."""
+    log = root / "logs" / f"{run.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, script, "-o", str(root), "--run", json.dumps(asdict(run)), "--steps", str(args.steps)]
+    command += ["--epochs", str(args.epochs), *more]
+    with log.open("w") as stream:
+        code = subprocess.run(command, env=env, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+    print(f"{run.name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
+
+
 def jobs(root: Path, runs: list[Run]) -> Iterator[Run]:
     """Runs that are not finished."""
     for run in runs:
@@ -400,42 +445,25 @@ def jobs(root: Path, runs: list[Run]) -> Iterator[Run]:
 def main() -> None:
     """Parse, prepare, run what is missing, collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", type=Path, required=True, help="Folder for everything")
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
-    parser.add_argument("--folds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=600, help="Training steps of each control and student")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=2, help="Runs at the same time, one thread each")
-    parser.add_argument("--settings", default="{}", help="Inline JSON for the students, for trying other terms")
-    parser.add_argument("--variant", default="", help="Name of these settings in the table")
-    parser.add_argument("--run", default=None, help=argparse.SUPPRESS)
+    add_run_arguments(parser, 600)
+    add_variant_arguments(parser)
     args = parser.parse_args()
     root = args.o.resolve()
     if args.run is not None:
         train_and_test(root, Run(**json.loads(args.run)), args.steps, args.epochs, json.loads(args.settings))
         return
-    if "NNUNET_KD_DATA" not in os.environ:
-        sys.exit("Set NNUNET_KD_DATA to the nnUNet_raw folder with the real data.")
+    need_data()
     prepare(root, args.scenarios)
     for group in plan_runs(args.scenarios, args.folds, args.seeds, args.variant):
-        missing = list(jobs(root, group))
-        with ThreadPoolExecutor(args.workers) as pool:
-            list(pool.map(lambda run: start(root, run, args), missing))
+        for_each(list(jobs(root, group)), lambda run: start(root, run, args), args.workers)
     collect(root, args.scenarios, args.folds, args.seeds)
 
 
 def start(root: Path, run: Run, args: argparse.Namespace) -> None:
     """One run in a process of its own."""
-    results = run.name
-    log = root / "logs" / f"{run.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "-o", str(root), "--run", json.dumps(asdict(run)), "--steps", str(args.steps)]
-    command += ["--epochs", str(args.epochs), "--settings", args.settings]
-    with log.open("w") as stream:
-        env = environment(root / "raw", root, preprocessed_folder(run.scenario), results, 1)
-        code = subprocess.run(command, env=env, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
-    print(f"{run.name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
+    env = environment(root / "raw", root, preprocessed_folder(run.scenario), run.name, 1)
+    start_again(__file__, root, run, ["--settings", args.settings], args, env)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -226,13 +225,9 @@ def start(root: Path, run: Run, args: argparse.Namespace, testing: bool) -> None
     if run.scenario != "s" and not testing:
         real_data.start(root, run, args)
         return
-    log = root / "logs" / f"{'test' if testing else 'train'}_{run.name}.log"
-    word = "--test" if testing else "--run"
-    command = [sys.executable, __file__, "-o", str(root), word, json.dumps(asdict(run)), "--steps", str(args.steps)]
-    command += ["--epochs", str(args.epochs), "--weight", str(args.weight)]
     env = environment(root / "raw", root, "preprocessed", run.name, 1)
-    call(command, env, log)
-    print(f"{log.stem}: done", flush=True)
+    more = ["--weight", str(args.weight), *(["--test"] if testing else [])]
+    real_data.start_again(__file__, root, run, more, args, env)
 
 
 def refuse_other_budget(root: Path, runs: list[Run], steps: int) -> None:
@@ -247,38 +242,31 @@ def refuse_other_budget(root: Path, runs: list[Run], steps: int) -> None:
 def main() -> None:
     """Parse, prepare, train and test what is missing, collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", type=Path, required=True, help="Folder for everything; that of real_data.py is continued")
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=list(DATASETS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--folds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=600, help="Training steps of every network but the joint teacher")
-    parser.add_argument("--epochs", type=int, default=10)
+    real_data.add_run_arguments(parser, 600)
     parser.add_argument("--weight", type=float, default=2.0, help="Weight of SIKD's term in nnU-Net's recipe")
-    parser.add_argument("--workers", type=int, default=2, help="Processes at the same time, one thread each")
-    for word in ("--run", "--test"):
-        parser.add_argument(word, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--test", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.settings = "{}"
     root = args.o.resolve()
     if args.run is not None:
-        train(root, Run(**json.loads(args.run)), args.steps, args.epochs, args.weight)
+        run = Run(**json.loads(args.run))
+        if args.test:
+            test(root, run)
+        else:
+            train(root, run, args.steps, args.epochs, args.weight)
         return
-    if args.test is not None:
-        test(root, Run(**json.loads(args.test)))
-        return
-    if "NNUNET_KD_DATA" not in os.environ:
-        sys.exit("Set NNUNET_KD_DATA to the nnUNet_raw folder with the real data.")
+    real_data.need_data()
     datasets = [DATASETS[number] for number in args.datasets]
     prepare(root, datasets)
     groups = plan_runs(datasets, args.methods, args.folds, args.seeds, args.weight)
     refuse_other_budget(root, [run for group in groups for run in group], args.steps)
     for group in groups:
-        with ThreadPoolExecutor(args.workers) as pool:
-            list(pool.map(lambda run: start(root, run, args, testing=False), real_data.jobs(root, group)))
+        missing = list(real_data.jobs(root, group))
+        real_data.for_each(missing, lambda run: start(root, run, args, testing=False), args.workers)
     untested = [run for run in groups[-1] if not (root / "sikd" / f"{run.name}.json").is_file()]
-    with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(lambda run: start(root, run, args, testing=True), untested))
+    real_data.for_each(untested, lambda run: start(root, run, args, testing=True), args.workers)
     collect(root, datasets, args.folds, args.seeds, args.weight)
 
 

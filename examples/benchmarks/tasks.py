@@ -25,11 +25,9 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,9 +38,14 @@ from real_data import (
     TRAINERS,
     WIDTH,
     Run,
+    add_run_arguments,
+    add_variant_arguments,
     call,
     environment,
+    for_each,
     jobs,
+    need_data,
+    start_again,
     write_small_plans,
 )
 from task_scenarios import BATCH_SIZE, COMPONENTS, KINDS, RESNET, RETINANET, SCENARIOS, TASK_PLANS, Scenario
@@ -191,43 +194,28 @@ def teacher_folder(root: Path, student: Run) -> Path:
 def main() -> None:
     """Parse, prepare, run what is missing, collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", type=Path, required=True, help="Folder for everything")
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="What is trained")
-    parser.add_argument("--folds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=400, help="Training steps of every method but the teacher")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=2, help="Runs at the same time, one thread each")
-    parser.add_argument("--settings", default="{}", help="Inline JSON for the students, for trying other terms")
-    parser.add_argument("--variant", default="", help="Name of these settings in the table")
+    add_run_arguments(parser, 400)
+    add_variant_arguments(parser)
     parser.add_argument("--collect", action="store_true", help="Only write the tables of the finished runs")
-    parser.add_argument("--run", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     root = args.o.resolve()
     if args.run is not None:
         run_one(root, Run(**json.loads(args.run)), args.steps, args.epochs, json.loads(args.settings))
         return
-    if "NNUNET_KD_DATA" not in os.environ:
-        sys.exit("Set NNUNET_KD_DATA to the nnUNet_raw folder with the real data.")
+    need_data()
     if not args.collect:
         prepare(root, args.scenarios, args.kinds)
         for group in plan_runs(args.scenarios, args.folds, args.seeds, args.kinds, args.variant):
-            missing = list(jobs(root, group))
-            with ThreadPoolExecutor(args.workers) as pool:
-                list(pool.map(lambda run: start(root, run, args), missing))
+            for_each(list(jobs(root, group)), lambda run: start(root, run, args), args.workers)
     write_tables(root, args.scenarios, args.folds, args.seeds)
 
 
 def start(root: Path, run: Run, args: argparse.Namespace) -> None:
     """One run in a process of its own."""
-    log = root / "logs" / f"{run.name}.log"
-    command = [sys.executable, __file__, "-o", str(root), "--run", json.dumps(asdict(run)), "--steps", str(args.steps)]
-    command += ["--epochs", str(args.epochs), "--settings", args.settings]
-    with log.open("w") as stream:
-        env = environment(os.environ["NNUNET_KD_DATA"], root, "preprocessed", run.name, 1)
-        code = subprocess.run(command, env=env, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
-    print(f"{run.name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
+    env = environment(os.environ["NNUNET_KD_DATA"], root, "preprocessed", run.name, 1)
+    start_again(__file__, root, run, ["--settings", args.settings], args, env)
 
 
 if __name__ == "__main__":
