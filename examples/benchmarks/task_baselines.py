@@ -8,7 +8,8 @@ a cosine from ``LEARNING_RATE`` to 0, which suits them better from random weight
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -87,15 +88,22 @@ class WholeImages:
         return np.tile(np.array(self.shape) / np.array(preprocessed_shape[-self.dimension :]), 2)
 
 
+@dataclass(frozen=True)
+class Budget:
+    """Number of batches, cases per batch, and the seed of weights and batches."""
+
+    steps: int
+    batch_size: int
+    seed: int
+
+
 def fit(
     network: nn.Module,
     loss_of: Callable[[list[str], list[list[int]]], Tensor],
     cases: Sequence[str],
     sampling: NDArray[np.float64],
     dimension: int,
-    steps: int,
-    batch_size: int,
-    seed: int,
+    budget: Budget,
 ) -> float:
     """Train ``network``; return the seconds.
 
@@ -105,17 +113,15 @@ def fit(
         cases: The training cases.
         sampling: Probability of each.
         dimension: Number of axes.
-        steps: Number of batches.
-        batch_size: Cases per batch.
-        seed: Of the sampling.
+        budget: Of the training.
     """
     start = time.process_time()
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(budget.seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
     network.train()
-    for _ in range(steps):
-        batch = [cases[index] for index in random.choice(len(cases), batch_size, p=sampling)]
+    for _ in range(budget.steps):
+        batch = [cases[index] for index in random.choice(len(cases), budget.batch_size, p=sampling)]
         flips = [np.flatnonzero(random.random(dimension) < 0.5).tolist() for _ in batch]
         optimizer.zero_grad()
         loss_of(batch, flips).backward()
@@ -126,19 +132,11 @@ def fit(
     return time.process_time() - start
 
 
-def run_resnet(
-    images: WholeImages,
-    training: Sequence[str],
-    validation: Sequence[str],
-    steps: int,
-    batch_size: int,
-    seed: int,
-    folder: Path,
-) -> float:
+def run_resnet(images: WholeImages, split: Mapping[str, Sequence[str]], budget: Budget, folder: Path) -> float:
     """Train timm's ResNet-18 (MONAI's for volumes) and write ``classification.csv``; return the training's seconds."""
-    torch.manual_seed(seed)
+    torch.manual_seed(budget.seed)
     target = images.tasks.classification[0]
-    channels, num_classes = len(images.images[training[0]]), len(target.classes)
+    channels, num_classes = len(images.images[split["train"][0]]), len(target.classes)
     network: nn.Module
     if images.dimension == 2:
         import timm
@@ -155,31 +153,23 @@ def run_resnet(
         inputs = torch.stack([flipped(images.images[case], axes) for case, axes in zip(batch, flips, strict=True)])
         return criterion(network(inputs), torch.from_numpy(np.stack([labels[case] for case in batch])))
 
-    labelled = [case for case in training if case in labels and not np.isnan(labels[case]).all()]
-    seconds = fit(network, loss_of, labelled, images.sampling(labelled), images.dimension, steps, batch_size, seed)
+    labelled = [case for case in split["train"] if case in labels and not np.isnan(labels[case]).all()]
+    seconds = fit(network, loss_of, labelled, images.sampling(labelled), images.dimension, budget)
     predictions = {}
     with torch.inference_mode():
-        for case in validation:
+        for case in split["val"]:
             (values,) = probabilities(network(images.images[case][None]), multilabel=target.multilabel)
             predictions[case] = {target.name: values.numpy().astype(np.float64)}
     write_classification_predictions(folder / "classification.csv", predictions, [target])
     return seconds
 
 
-def run_retinanet(
-    images: WholeImages,
-    training: Sequence[str],
-    validation: Sequence[str],
-    steps: int,
-    batch_size: int,
-    seed: int,
-    folder: Path,
-) -> float:
+def run_retinanet(images: WholeImages, split: Mapping[str, Sequence[str]], budget: Budget, folder: Path) -> float:
     """Train torchvision's RetinaNet on 2D images and write ``boxes.json``; return the training's seconds."""
-    torch.manual_seed(seed)
+    torch.manual_seed(budget.seed)
     detection = images.tasks.detection
     assert detection is not None
-    truth = {case: images.boxes(case) for case in training}
+    truth = {case: images.boxes(case) for case in split["train"]}
     network = retinanet(images.shape, [boxes for boxes, _ in truth.values()], len(detection.classes))
 
     def loss_of(batch: list[str], flips: list[list[int]]) -> Tensor:
@@ -190,10 +180,11 @@ def run_retinanet(
             targets.append({"boxes": exchanged(flipped_boxes(boxes, axes, images.shape)), "labels": labels})
         return sum(network(inputs, targets).values())
 
-    seconds = fit(network, loss_of, training, images.sampling(training), images.dimension, steps, batch_size, seed)
+    training = split["train"]
+    seconds = fit(network, loss_of, training, images.sampling(training), images.dimension, budget)
     predictions = {}
     with torch.inference_mode():
-        for case in validation:
+        for case in split["val"]:
             (found,) = network([as_rgb(images.images[case])])
             boxes = exchanged(found["boxes"]).numpy().astype(np.float64)
             scores = found["scores"].numpy().astype(np.float64)

@@ -118,7 +118,7 @@ def run_one(root: Path, run: Run, steps: int, epochs: int, settings: dict) -> No
 
 def run_whole_images(run: Run, steps: int, target: Path) -> float:
     """Train and predict with one of the networks for whole images; return the seconds that training took."""
-    from task_baselines import WholeImages, run_resnet, run_retinanet
+    from task_baselines import Budget, WholeImages, run_resnet, run_retinanet
 
     from nnunet_kd.data.member import Member
 
@@ -127,7 +127,7 @@ def run_whole_images(run: Run, steps: int, target: Path) -> float:
     images = WholeImages(member, [*split["train"], *split["val"]])
     train = run_resnet if run.kind == RESNET else run_retinanet
     target.mkdir(parents=True, exist_ok=True)
-    return train(images, split["train"], split["val"], steps, BATCH_SIZE, run.seed, target)
+    return train(images, split, Budget(steps, BATCH_SIZE, run.seed), target)
 
 
 def run_trainer(root: Path, run: Run, steps: int, epochs: int, settings: dict, target: Path) -> float:
