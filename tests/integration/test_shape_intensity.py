@@ -117,7 +117,8 @@ def test_the_paper_recipe_is_a_preset(taught: Any) -> None:
     assert all(float(value) > 0 for value in re.findall(r"train_loss (\S+)", output))
 
 
-def test_joint_teacher_and_shape_teacher_in_one_student(taught: Any, trained: Any) -> None:
+def test_joint_teacher_and_shape_teacher_in_one_student(taught: Any, copied: Any) -> None:
+    del taught  # its teachers are in the copy
     settings = {
         "training": SHORT,
         "teachers": {"shape": {"kind": "class_average"}},
@@ -127,7 +128,7 @@ def test_joint_teacher_and_shape_teacher_in_one_student(taught: Any, trained: An
              "foreground_only": True},
         ],
     }  # fmt: skip
-    output = train(trained, 1, "nnUNetTrainerKDStudent", settings=settings)
+    output = train(copied, 1, "nnUNetTrainerKDStudent", settings=settings)
     found = {name: float(value) for name, value in re.findall(r"(\w+\.\w+\.\w+): (\S+), weighted", output)}
     assert set(found) == {"joint.logits.kl", TERM}
     assert all(value > 0 for value in found.values())
