@@ -17,6 +17,8 @@ TRAINERS = {
     "nnUNetTrainerKDTeacher": "nnunet_kd.training.teacher",
     "nnUNetTrainerKDStudent": "nnunet_kd.training.student",
     "nnUNetTrainerKDControl": "nnunet_kd.training.control",
+    "nnUNetTrainerSIKDTeacher": "nnunet_kd.training.shape_intensity",
+    "nnUNetTrainerSIKDStudent": "nnunet_kd.training.shape_intensity",
 }
 BUILD_INPUTS = ("setup.py", "pyproject.toml", "LICENSE", "README.md", "nnunet_kd", "trainers", "planners", "tests")
 
