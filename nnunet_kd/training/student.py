@@ -95,14 +95,13 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         terms = given.get("terms", preset["terms"])
         found: dict[str, Any] = {}
         needs_joint = any(term.get("teacher", "joint") == "joint" for term in terms)
-        recorded = self._recorded(plans, configuration, fold)
         if needs_joint and not teachers.get("joint", {}).get("model"):
-            found = self._find_teacher(plans, configuration, fold, given, recorded)
+            found = self._find_teacher(plans, configuration, fold, given)
         for name, teacher in teachers.items():
             if teacher.get("kind") == "class_average" and not teacher.get("model"):
                 checkpoint = teacher.get("checkpoint", Teacher().checkpoint)
-                model = recorded.get("teachers", {}).get(name, {}).get("model")
-                model = model or class_average_model(plans, configuration, fold, checkpoint)
+                recorded = self._recorded(plans, configuration, fold).get("teachers", {}).get(name, {})
+                model = recorded.get("model") or class_average_model(plans, configuration, fold, checkpoint)
                 found = merge(found, {"teachers": {name: {"model": model}}})
         settings = resolve_settings(preset, found, given)
         fitted = fit_terms(settings.terms, plans["dataset_name"], self.planned_tasks, self.planned_boxes)
@@ -124,10 +123,9 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         recorded: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text())
         return recorded
 
-    def _find_teacher(
-        self, plans: dict, configuration: str, fold: int | str, given: dict[str, Any], recorded: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _find_teacher(self, plans: dict, configuration: str, fold: int | str, given: dict[str, Any]) -> dict[str, Any]:
         """The recorded teacher of this very training if there is one, else the joint teacher that fits."""
+        recorded = self._recorded(plans, configuration, fold)
         if "joint" in recorded.get("teachers", {}) and is_wanted(str(recorded["joint"]), given.get("joint")):
             return {"joint": recorded["joint"], "teachers": {"joint": recorded["teachers"]["joint"]}}
         checkpoint = given.get("teachers", {}).get("joint", {}).get("checkpoint", Teacher().checkpoint)

@@ -170,14 +170,14 @@ def test_joint_teacher_of_strangers_speaks_as_the_member_that_is_named(
     plans, own = PlansManager(read(folder / f"{SMALL}.json")), read(folder / "dataset.json")
     configuration = plans.get_configuration("2d")
     tasks = Tasks.from_dataset_json(own)
-    student = Student("Dataset099_Stranger", plans, configuration, own, ("T1",), 0, tasks, None)
+    student = Student("Dataset099_Stranger", plans, "2d", configuration, own, ("T1",), 0, tasks, None)
     model = str(joint.model("Dataset920_Joint", "Teacher", "nnUNetKDPlans", "2d"))
     taught = {}
     image = torch.randn(2, 1, *configuration.patch_size)
     for head in (MASKS, CLASSES):
         teacher = NNUNetTeacher("joint", Teacher(model=model, head=head, precision="float32"), student)
         teacher.load(torch.device("cpu"), ["bottleneck"], teacher.taught.tasks, False, [])
-        output = teacher(image, teacher.taught.tasks)
+        output = teacher({"data": image}, teacher.taught.tasks)
         assert output.features["bottleneck"].shape[:2] == (2, teacher.stages["bottleneck"].channels)
         taught[head] = teacher.taught.tasks, {name: logits.shape for name, logits in output.classification.items()}
     assert taught == {MASKS: ((), {}), CLASSES: (("classification",), {"size": (2, 2)})}
@@ -222,14 +222,14 @@ def test_teacher_speaks_in_the_students_order_and_averages_its_folds(
     heads = planned_heads(configuration.configuration["architecture"])
     assert heads is not None
     detection = DetectionPlan.from_dict(heads[1])
-    student = Student(EVERYTHING, plans, configuration, own, ("T1",), 0, Tasks.from_dataset_json(own), detection)
+    student = Student(EVERYTHING, plans, "2d", configuration, own, ("T1",), 0, Tasks.from_dataset_json(own), detection)
     settings = Teacher(model=str(folder), fold=[0, 1], precision="float32")
     teacher = NNUNetTeacher("x", settings, student)
     assert teacher.taught.tasks == ("segmentation", "classification", "detection")
     teacher.load(torch.device("cpu"), ["bottleneck"], teacher.taught.tasks, False, [])
 
     image = torch.randn(2, 1, *configuration.patch_size)
-    output = teacher(image, teacher.taught.tasks)
+    output = teacher({"data": image}, teacher.taught.tasks)
     each = []
     for state in weights:
         network = teacher.build_network()
@@ -245,4 +245,4 @@ def test_teacher_speaks_in_the_students_order_and_averages_its_folds(
     for part, first, second in zip(output.boxes, each[0].detection, each[1].detection, strict=True):
         for level, a, b in zip(part, first, second, strict=True):
             torch.testing.assert_close(level, (a + b) / 2)
-    assert teacher(image, {"detection"}).logits is None
+    assert teacher({"data": image}, {"detection"}).logits is None
