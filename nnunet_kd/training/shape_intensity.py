@@ -24,8 +24,6 @@ from nnunet_kd.settings import (
     resolve_settings,
     without_terms,
 )
-from nnunet_kd.spaces.labels import LabelSpace
-from nnunet_kd.teachers.averaging import check_labels
 from nnunet_kd.teachers.class_average import ClassAverage
 from nnunet_kd.teachers.nnunet import AVERAGES
 from nnunet_kd.training.base import KDTrainer
@@ -76,13 +74,8 @@ class nnUNetTrainerSIKDTeacher(KDTrainer):
         )
         return remove_skips(network)
 
-    def initialize(self) -> None:
-        """Refuse labels that cannot be averaged, then initialise as stock nnU-Net does."""
-        check_labels(LabelSpace.from_dataset_json(self.dataset_json))
-        super().initialize()
-
     def on_train_start(self) -> None:
-        """Require that each class occurs, prepare the averages, then start as stock nnU-Net does."""
+        """Require that each class occurs and can be averaged, then start as stock nnU-Net does."""
         manager = self.plans_manager
         description = {"plans": manager.plans, "dataset_json": self.dataset_json}
         member = Member(manager.dataset_name, manager.plans_name, self.configuration_name, description)
@@ -91,7 +84,7 @@ class nnUNetTrainerSIKDTeacher(KDTrainer):
         self.average = ClassAverage(member, self.settings.sikd.scope)
         super().on_train_start()
         self.print_to_log_file(
-            "Training and pseudo Dice are those of class-wise averaged images, in which nearly every network is good.",
+            "Losses and pseudo Dice are those of class-wise averaged images, which show the labels.",
             add_timestamp=False,
         )
 
