@@ -25,3 +25,7 @@ class TeacherError(NnUNetKDError):
 
 class LeakageError(TeacherError):
     """A teacher was trained on cases that its student validates on."""
+
+
+class UnlabeledError(NnUNetKDError):
+    """Images without labels cannot be added to a dataset, or no longer fit it."""

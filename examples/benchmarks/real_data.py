@@ -128,7 +128,6 @@ def call(command: list[str], env: dict[str, str], log: Path) -> None:
 
 def prepare(root: Path, names: list[str]) -> None:
     """Stock planning and preprocessing, small plans, few-label variants, joint plans."""
-    env = environment(root / "raw", root, "preprocessed", "shared", 2)
     for member in {member for name in names for member in SCENARIOS[name].members}:
         link_raw(root, member)
     for scenario in {SCENARIOS[name].configuration: SCENARIOS[name] for name in names}.values():
@@ -136,14 +135,7 @@ def prepare(root: Path, names: list[str]) -> None:
         alike = [SCENARIOS[name] for name in names if SCENARIOS[name].configuration == configuration]
         members = sorted({member for other in alike for member in other.members})
         for member in members:
-            folder = root / "preprocessed" / member
-            if not (folder / f"{BASE_PLANS}.json").is_file():
-                number = member[7:10]
-                target = str(MEMORY_TARGET_GB[configuration])
-                log = root / "logs" / f"prepare_{number}.log"
-                command = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-np", "2", "-npfp", "2"]
-                call([*command, "-gpu_memory_target", target, "-overwrite_plans_name", BASE_PLANS], env, log)
-            write_small_plans(folder, WIDTH[configuration])
+            prepare_dataset(root, member, configuration)
     for name in names:
         scenario = SCENARIOS[name]
         if scenario.teacher_of is not None:
@@ -162,6 +154,17 @@ def prepare(root: Path, names: list[str]) -> None:
         env = environment(root / "raw", root, "preprocessed", "shared", 2)
         command = ["nnUNetKD_plan_student", "-d", HIPPOCAMPUS[7:10], "-p", SMALL_PLANS, "--width", "0.5"]
         call([*command, "--min_features", "4", "-plans_name", student_plans("d")], env, root / "logs" / "student_d.log")
+
+
+def prepare_dataset(root: Path, dataset: str, configuration: str) -> None:
+    """Stock planning and preprocessing of a dataset in ``root / "raw"``, where that is missing, and small plans."""
+    folder = root / "preprocessed" / dataset
+    if not (folder / f"{BASE_PLANS}.json").is_file():
+        env, number = environment(root / "raw", root, "preprocessed", "shared", 2), dataset[7:10]
+        command = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-np", "2", "-npfp", "2"]
+        command += ["-gpu_memory_target", str(MEMORY_TARGET_GB[configuration]), "-overwrite_plans_name", BASE_PLANS]
+        call(command, env, root / "logs" / f"prepare_{number}.log")
+    write_small_plans(folder, WIDTH[configuration])
 
 
 def joint_id(scenario: str) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import real_data
-from real_data import BASE_PLANS, HIPPOCAMPUS, MONTGOMERY, SCENARIOS, SHENZHEN, SMALL_PLANS, Run, call, environment
+from real_data import HIPPOCAMPUS, MONTGOMERY, SCENARIOS, SHENZHEN, SMALL_PLANS, Run, environment
 from task_scenarios import LIVER
 
 DATASETS = {name[7:10]: name for name in (MONTGOMERY, SHENZHEN, HIPPOCAMPUS, LIVER)}
@@ -59,13 +59,9 @@ def prepare(root: Path, datasets: list[str]) -> None:
     scenarios = sorted({JOINT_SCENARIO[dataset] for dataset in datasets if dataset in JOINT_SCENARIO})
     if scenarios:
         real_data.prepare(root, scenarios)
-    if LIVER in datasets and not (root / "preprocessed" / LIVER / f"{SMALL_PLANS}.json").is_file():
+    if LIVER in datasets:
         real_data.link_raw(root, LIVER)
-        env, number = environment(root / "raw", root, "preprocessed", "shared", 2), LIVER[7:10]
-        command = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", "2d", "-np", "2", "-npfp", "2"]
-        command += ["-gpu_memory_target", str(real_data.MEMORY_TARGET_GB["2d"]), "-overwrite_plans_name", BASE_PLANS]
-        call(command, env, root / "logs" / f"prepare_{number}.log")
-        real_data.write_small_plans(root / "preprocessed" / LIVER, real_data.WIDTH["2d"])
+        real_data.prepare_dataset(root, LIVER, "2d")
 
 
 def run_of(method: str, dataset: str, fold: int, seed: int, weight: float) -> Run:

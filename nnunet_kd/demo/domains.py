@@ -177,8 +177,9 @@ def write_domains(raw_folder: Path, domains: tuple[Domain, ...] = DOMAINS, seed:
                 case = make_case(domain, np.random.default_rng([seed, domain.dataset_id, index]), index)
                 name = domain.case_name(index)
                 for number, image in enumerate(case.images):
-                    _write(image, domain, folder / f"images{split}" / f"{name}_{number:04d}{FILE_ENDING}")
-                _write(case.labels, domain, folder / f"labels{split}" / f"{name}{FILE_ENDING}")
+                    file = folder / f"images{split}" / f"{name}_{number:04d}{FILE_ENDING}"
+                    write_image(image, domain.spacing_mm, file)
+                write_image(case.labels, domain.spacing_mm, folder / f"labels{split}" / f"{name}{FILE_ENDING}")
                 cases[name] = case
             _write_side_files(domain, cases, side_folder)
         write_json(folder / "dataset.json", domain.dataset_json)
@@ -218,11 +219,11 @@ def draw_anatomy(
 ) -> dict[str, Mask]:
     """Masks [Z, Y, X] of body, organ, vessels, lesion and edema. The lesions lie in the organ, edema surrounds them."""
     extent = np.array(shape) * spacing_mm
-    grid = _grid_mm(shape, spacing_mm)
-    body = _ellipsoid(grid, random.normal(0, 1.0, 3), extent * random.uniform(0.44, 0.48, 3)) > 0
+    grid = grid_mm(shape, spacing_mm)
+    body = ellipsoid(grid, random.normal(0, 1.0, 3), extent * random.uniform(0.44, 0.48, 3)) > 0
     organ_radii = extent * random.uniform(0.29, 0.35, 3)
     organ_center = extent * random.uniform(-0.06, 0.06, 3)
-    organ = _ellipsoid(grid, organ_center, organ_radii) + 0.15 * _smooth_noise(shape, spacing_mm, 8.0, random) > 0
+    organ = ellipsoid(grid, organ_center, organ_radii) + 0.15 * smooth_noise(shape, spacing_mm, 8.0, random) > 0
     organ &= body
     lesion = np.zeros(shape, bool)
     for _ in range(num_lesions):
@@ -260,8 +261,8 @@ def draw_lesion(
     """
     radius = random.uniform(*LESION_RADIUS_MM)
     radii = radius * random.uniform(0.75, 1.25, 3)
-    level = _ellipsoid(_grid_mm(shape, spacing_mm), center_mm, radii)
-    blob = level + LESION_ROUGHNESS * _smooth_noise(shape, spacing_mm, ROUGHNESS_SCALE_MM, random) > 0
+    level = ellipsoid(grid_mm(shape, spacing_mm), center_mm, radii)
+    blob = level + LESION_ROUGHNESS * smooth_noise(shape, spacing_mm, ROUGHNESS_SCALE_MM, random) > 0
     parts, num_parts = ndimage.label(blob)
     if num_parts == 0:
         return level == level.max()
@@ -278,17 +279,17 @@ def _render(
     image[masks["edema"] & masks["organ"]] = channel.edema
     image[masks["vessels"] | masks["lesion"]] = channel.lesion
     image = ndimage.gaussian_filter(image, [0.7 / step for step in spacing_mm])
-    image *= 1 + channel.bias * _smooth_noise(image.shape, spacing_mm, 18.0, random)
+    image *= 1 + channel.bias * smooth_noise(image.shape, spacing_mm, 18.0, random)
     return image + random.normal(0, channel.noise, image.shape)
 
 
-def _grid_mm(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> Array:
+def grid_mm(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> Array:
     """Position of every voxel in mm from the middle of the image, [Z, Y, X, 3]."""
     axes = [(np.arange(size) - (size - 1) / 2) * step for size, step in zip(shape, spacing_mm, strict=True)]
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
 
 
-def _ellipsoid(grid: Array, center: Array, radii: Array) -> Array:
+def ellipsoid(grid: Array, center: Array, radii: Array) -> Array:
     """1 in the middle, 0 on the surface, negative outside; linear in the distance along any ray."""
     return 1 - np.linalg.norm((grid - center) / radii, axis=-1)
 
@@ -303,7 +304,7 @@ def _vessel(grid: Array, point: Array, random: np.random.Generator) -> Mask:
     return distance <= random.uniform(2.0, 3.0)
 
 
-def _smooth_noise(
+def smooth_noise(
     shape: tuple[int, ...], spacing_mm: tuple[float, ...], scale_mm: float, random: np.random.Generator
 ) -> Array:
     """Gaussian noise smoothed over ``scale_mm``, with mean 0 and standard deviation 1 over the image."""
@@ -320,7 +321,8 @@ def _write_side_files(domain: Domain, cases: Mapping[str, Case], folder: Path) -
         write_boxes(folder / DETECTION_FILE, boxes, ["lesion"])
 
 
-def _write(array: NDArray[np.generic], domain: Domain, path: Path) -> None:
+def write_image(array: NDArray[np.generic], spacing_mm: tuple[float, float, float], path: Path) -> None:
+    """Write voxels [Z, Y, X]."""
     image = sitk.GetImageFromArray(array)
-    image.SetSpacing([float(step) for step in reversed(domain.spacing_mm)])
+    image.SetSpacing([float(step) for step in reversed(spacing_mm)])
     sitk.WriteImage(image, str(path))

@@ -19,8 +19,9 @@ from nnunet_kd.settings import BLOCK
 from nnunet_kd.settings import Teacher as TeacherSettings
 from nnunet_kd.spaces.labels import LabelSpace
 from nnunet_kd.teachers.averaging import check_labels, class_indices, class_means, paint
+from nnunet_kd.teachers.base import Student
 from nnunet_kd.teachers.discover import CLASS_AVERAGE_TRAINER, base_plans
-from nnunet_kd.teachers.nnunet import AVERAGES, NNUNetTeacher, Student
+from nnunet_kd.teachers.nnunet import AVERAGES, NNUNetTeacher
 
 Scope = Literal["patch", "case"]
 

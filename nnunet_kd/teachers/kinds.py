@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from nnunet_kd.teachers.base import BatchTeacher
 from nnunet_kd.teachers.class_average import ClassAverageTeacher
+from nnunet_kd.teachers.ema import EMATeacher
+from nnunet_kd.teachers.foundation import FoundationTeacher
 from nnunet_kd.teachers.nnunet import NNUNetTeacher
 
-TEACHERS: dict[str, type[NNUNetTeacher]] = {"nnunet": NNUNetTeacher, "class_average": ClassAverageTeacher}
+TEACHERS: dict[str, type[BatchTeacher]] = {
+    "nnunet": NNUNetTeacher,
+    "class_average": ClassAverageTeacher,
+    "ema": EMATeacher,
+    "foundation": FoundationTeacher,
+}

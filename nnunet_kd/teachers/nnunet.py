@@ -28,6 +28,7 @@ from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.spaces.labels import LabelMap, LabelSpace, match_label_spaces
 from nnunet_kd.tasks.detection_head import BoxMaps
 from nnunet_kd.tasks.detection_plan import DetectionPlan
+from nnunet_kd.teachers.base import BatchTeacher, Student
 from nnunet_kd.teachers.checkpoint import (
     check_joint_plans,
     checkpoint_file,
@@ -35,39 +36,13 @@ from nnunet_kd.teachers.checkpoint import (
     model_folder,
     read_model_json,
 )
-from nnunet_kd.teachers.forward import TeacherForward, drop_detection, speaking_heads
+from nnunet_kd.teachers.forward import TeacherForward, drop_detection, pooled_channels, speaking_heads
 from nnunet_kd.teachers.geometry import ChannelMap, InputMap, input_map
 from nnunet_kd.teachers.heads import match_classification, match_detection
 from nnunet_kd.teachers.output import Taught, TeacherOutput, task_names
 from nnunet_kd.teachers.precision import choose_bf16, cpu_has_bf16
 
 AVERAGES = "class_average"  # key in the checkpoint of a network that was trained on class-wise averaged images
-
-
-@dataclass(frozen=True)
-class Student:
-    """What a teacher must know of its student. ``tasks``: those that its network learns."""
-
-    dataset: str
-    plans_manager: PlansManager
-    configuration: str
-    configuration_manager: ConfigurationManager
-    dataset_json: dict[str, Any]
-    channel_names: tuple[str, ...]
-    fold: int | str
-    tasks: Tasks
-    detection_plan: DetectionPlan | None
-
-    @property
-    def label_space(self) -> LabelSpace:
-        """The student's classes."""
-        return LabelSpace.from_dataset_json(self.dataset_json)
-
-    @property
-    def num_previous_stage_channels(self) -> int:
-        """One-hot channels that a cascade appends to the image."""
-        total = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
-        return total - len(self.channel_names)
 
 
 @dataclass(frozen=True)
@@ -84,14 +59,8 @@ class Voice:
     heads: Heads
 
 
-class NNUNetTeacher:
+class NNUNetTeacher(BatchTeacher):
     """A frozen nnU-Net that turns a student's batch into logits, features, classes and boxes.
-
-    Construction reads plans only and finds every mismatch; :meth:`load` reads the weights. It is no nn.Module, so it
-    can end up neither in the student's checkpoint nor in its DDP wrapper.
-
-    ``taught`` names the student's tasks that it can teach, ``refusals`` says of each other one why not. Features it can
-    always teach. ``always_projects``: whether a projector stands between features of equal width, too.
 
     Args:
         name: Its name in the settings, for messages.
@@ -103,12 +72,8 @@ class NNUNetTeacher:
         LabelSpaceError: The label spaces cannot be matched.
     """
 
-    always_projects = True
-
     def __init__(self, name: str, settings: TeacherSettings, student: Student) -> None:
-        self.name = name
-        self.settings = settings
-        self.student = student
+        super().__init__(name, settings, student)
         self.folder = model_folder(settings.model, self._folds()[0])
         self.files = [checkpoint_file(self.folder, fold, settings.checkpoint) for fold in self._folds()]
         self.plans = read_model_json(self.folder, "plans.json")
@@ -121,17 +86,12 @@ class NNUNetTeacher:
         self.member = ""  # of a joint teacher, the one whose heads for classes and boxes speak
         voice = self._single_dataset() if self.joint is None else self._joint_head(self.joint)
         self.input_map = voice.input_map
-        self.refusals: dict[str, str] = {}
-        self.teacher_map: LabelMap | None = None
         self.class_orders: dict[str, tuple[int, ...]] = {}
         student_map = self._match_segmentation(voice)
         self._match_heads(voice)
         self.taught = Taught(tuple(t for t in task_names(student.tasks) if t not in self.refusals), student_map)
         self.networks: list[Any] = []
         self.stages: dict[str, Stage] = {}
-        self.training_cases: dict[str, set[str]] = {}
-        self.leaked_cases: list[str] = []
-        self.precision_note = ""
         self._use_bf16 = False
         self._bf16_undecided = False
 
@@ -297,6 +257,14 @@ class NNUNetTeacher:
         network = self.build_network() if network is None else network
         return {level: find_stage(network, level) for level in levels}
 
+    def feature_channels(self, levels: Sequence[str]) -> dict[str, int]:
+        """Width of its features at each of ``levels``."""
+        return {level: stage.channels for level, stage in self.find_stages(levels).items()}
+
+    def pooled_channels(self) -> int:
+        """Width of the features that its classification pools."""
+        return pooled_channels(speaking_heads(self.build_network()))
+
     def load(
         self,
         device: torch.device,
@@ -305,19 +273,7 @@ class NNUNetTeacher:
         compile_network: bool,
         validation_cases: Sequence[str],
     ) -> None:
-        """Read the weights of every fold to ``device`` and refuse leakage.
-
-        Args:
-            device: Where to teach.
-            levels: Levels whose features are wanted.
-            tasks: All tasks that will ever be wanted.
-            compile_network: Whether to compile the forward pass.
-            validation_cases: Cases of the student's dataset that no fold may have seen.
-
-        Raises:
-            TeacherError: A checkpoint is broken, or does not match the plans.
-            LeakageError: A fold was trained on validation cases of the student.
-        """
+        """Read the weights of every fold, see :meth:`BatchTeacher.load`."""
         for file in self.files:
             checkpoint = load_checkpoint(file)
             self.check_checkpoint(file, checkpoint)
@@ -382,15 +338,7 @@ class NNUNetTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any], tasks: Collection[str]) -> TeacherOutput:
-        """Teach one batch.
-
-        Args:
-            batch: The student's batch; its images [B, C, *S] and targets are on the teacher's device.
-            tasks: What is wanted besides the features, of ``taught.tasks``.
-
-        Returns:
-            Logits and boxes averaged over folds, on the student's grid and in its order; features of the first fold.
-        """
+        """Teach one batch: logits and boxes averaged over folds, on the student's grid; features of the first fold."""
         image = self.see(batch)
         if self._bf16_undecided:
             self._decide_bf16(image, tasks)

@@ -9,6 +9,7 @@ from torch import Tensor
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.spaces.labels import LabelMap
 from nnunet_kd.tasks.detection_head import BoxMaps
+from nnunet_kd.teachers.slices import Slices
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TeacherOutput:
     """Targets for one batch, without gradient.
 
     ``logits``: [B, C, *S] on the student's grid in the label space in which the two are compared, or None.
-    ``features``: level name to [B, C, *s].
+    ``features``: level name to [B, C, *s]; [B, C, K, h, w] of the ``slices`` of a 3D patch, if these are given.
     ``classification``: target's name to logits [B, classes of the student's target, in its order].
     ``pooled``: [B, C], the pooled features behind these logits, or None.
     ``boxes``: the detection head's maps on the grids of the student's, or None.
@@ -40,6 +41,7 @@ class TeacherOutput:
     classification: dict[str, Tensor] = field(default_factory=dict)
     pooled: Tensor | None = None
     boxes: BoxMaps | None = None
+    slices: Slices | None = None
 
 
 def task_names(tasks: Tasks) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_kd.data.labeled_cases import labeled_cases
+from nnunet_kd.data.member import Member
 from nnunet_kd.environment import environment
 from nnunet_kd.errors import SettingsError
 from nnunet_kd.files import replacing, write_json
@@ -61,6 +63,26 @@ class KDTrainer(nnUNetTrainer):
         """Merge preset, plans block and user settings. Trainers with more layers override this."""
         del configuration, fold
         return resolve_settings(self.preset, plans.get(BLOCK, {}), read_user_settings())
+
+    def own_dataset(self) -> Member:
+        """The dataset, under the plans and the configuration of this training."""
+        manager = self.plans_manager
+        description = {"plans": manager.plans, "dataset_json": self.dataset_json}
+        return Member(manager.dataset_name, manager.plans_name, self.configuration_name, description)
+
+    def fold_split(self) -> tuple[list[str], list[str]]:
+        """Training and validation cases of the fold."""
+        training, validation = nnUNetTrainer.do_split(self)
+        return list(training), list(validation)
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """The cases of the fold; of those of training, where the settings say so, only some keep their labels."""
+        training, validation = self.fold_split()
+        if self.settings.labeled is None:
+            return training, validation
+        if not hasattr(self, "_labeled"):
+            self._labeled = labeled_cases(self.own_dataset(), training, self.settings.labeled)
+        return list(self._labeled), validation
 
     def _build_loss(self) -> nn.Module:
         """Stock loss; without its Dice part if the settings say so."""

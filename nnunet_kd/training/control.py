@@ -7,10 +7,10 @@ from nnunet_kd.training.task_trainer import TaskTrainer
 
 
 class nnUNetTrainerKDControl(TaskTrainer):
-    """Stock nnU-Net driven by the ``training`` settings. Everything about teachers and terms is ignored."""
+    """Stock nnU-Net driven by the settings ``training`` and ``labeled``. All about teachers and terms is ignored."""
 
     def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
-        """Keep only the budget, but refuse keys that no trainer knows."""
+        """Keep only the budget and the labelled cases, but refuse keys that no trainer knows."""
         del configuration, fold
         known = resolve_settings(*(without_terms(layer) for layer in (plans.get(BLOCK, {}), read_user_settings())))
-        return Settings(training=known.training, tasks=known.tasks)
+        return Settings(training=known.training, tasks=known.tasks, labeled=known.labeled)

@@ -44,7 +44,9 @@ class BuiltTerm:
     def weight(self, progress: float) -> float:
         """Scheduled weight at ``progress`` in [0, 1] of the training."""
         schedule = self.settings.schedule
-        factor = schedule_weight(schedule.kind, progress, warmup=schedule.warmup, start=schedule.start)
+        factor = schedule_weight(
+            schedule.kind, progress, warmup=schedule.warmup, start=schedule.start, final=schedule.final
+        )
         return self.settings.weight * factor
 
 
@@ -126,6 +128,7 @@ class DistillationLoss(nn.Module):
             if judge is not None and judge not in self.competence[teacher]:
                 self.competence[teacher][judge] = COMPETENCE[judge]()
         self.teacher_outputs: dict[str, TeacherOutput] = {}
+        self.groups: dict[str, slice] = {}  # of a semi-supervised batch: which samples are labelled, ...
         self.progress = 0.0
         self.logged: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -166,7 +169,7 @@ class DistillationLoss(nn.Module):
         self._update_competence(student, targets, anchor_maps)
         for term in self.terms:
             weight: Tensor | float = term.weight(self.progress)
-            if weight == 0:
+            if weight == 0 or not self._has_samples(term):
                 continue
             raw = self._compare(term, student, tapped, targets, anchor_maps)
             judge = self.judges.get(term.name)
@@ -222,16 +225,16 @@ class DistillationLoss(nn.Module):
     def _logit_term(
         self, term: BuiltTerm, outputs: Sequence[Tensor], targets: Sequence[Tensor], teacher: TeacherOutput
     ) -> Tensor:
-        label_map = self.taught[term.settings.teacher].label_map
+        label_map, rows = self.taught[term.settings.teacher].label_map, self._rows(term)
         assert teacher.logits is not None
         assert label_map is not None
         weights = self.level_weights if term.settings.deep_supervision else (1.0,)
         used = [level for level, weight in enumerate(weights) if weight != 0]
-        pairs = [common_target(targets[level], label_map) for level in used]
+        pairs = [common_target(targets[level][rows], label_map) for level in used]
         return deep_supervision_loss(
             term.loss,
-            [label_map(outputs[level]) for level in used],
-            teacher.logits,
+            [label_map(outputs[level][rows]) for level in used],
+            teacher.logits[rows],
             [weights[level] for level in used],
             targets=[labels for labels, _ in pairs],
             valids=None if label_map.source.ignore is None else [valid for _, valid in pairs if valid is not None],
@@ -241,7 +244,7 @@ class DistillationLoss(nn.Module):
         self, term: BuiltTerm, tapped: Mapping[str, Tensor], target: Tensor, teacher: TeacherOutput
     ) -> Tensor:
         label_map = self.taught[term.settings.teacher].label_map
-        labels, valid = (None, None) if label_map is None else common_target(target, label_map)
+        labels, valid = (None, None) if label_map is None else common_target(target[self._rows(term)], label_map)
         if term.settings.foreground_only:
             assert labels is not None  # checked with the settings
             valid = _in_foreground_patches(labels, valid)
@@ -259,9 +262,22 @@ class DistillationLoss(nn.Module):
         self, term: BuiltTerm, tapped: Mapping[str, Tensor], teacher: TeacherOutput
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Features of student and teacher at each of the term's levels, of one width and grid."""
+        rows = self._rows(term)
         for level in term.settings.levels:
             bring_together = self._projectors.get(projector_name(term.settings.teacher, level), to_common_grid)
-            yield bring_together(tapped[level], teacher.features[level])
+            own, other = tapped[level][rows], teacher.features[level][rows]
+            if teacher.slices is not None:
+                own = teacher.slices[rows].of_features(own)
+            yield bring_together(own, other)
+
+    def _has_samples(self, term: BuiltTerm) -> bool:
+        """Whether the batch has any of the samples that the term compares."""
+        return not term.settings.samples or any(name in self.groups for name in term.settings.samples)
+
+    def _rows(self, term: BuiltTerm) -> slice:
+        """The samples of the batch that the term compares; they follow each other, see ``fit_terms``."""
+        found = [self.groups[name] for name in term.settings.samples if name in self.groups]
+        return slice(min(own.start for own in found), max(own.stop for own in found)) if found else slice(None)
 
     def _update_competence(
         self, student: TaskOutputs, targets: Sequence[Tensor], anchor_maps: Mapping[str | None, AnchorMaps]

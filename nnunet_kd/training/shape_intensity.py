@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from nnunet_kd.data.labeled_cases import classes_of, foreground
 from nnunet_kd.data.member import Member
 from nnunet_kd.errors import SettingsError
 from nnunet_kd.networks.multitask import planned_heads
@@ -76,9 +77,7 @@ class nnUNetTrainerSIKDTeacher(KDTrainer):
 
     def on_train_start(self) -> None:
         """Require that each class occurs and can be averaged, then start as stock nnU-Net does."""
-        manager = self.plans_manager
-        description = {"plans": manager.plans, "dataset_json": self.dataset_json}
-        member = Member(manager.dataset_name, manager.plans_name, self.configuration_name, description)
+        member = self.own_dataset()
         self.training_cases = sorted(self.do_split()[0])
         self._require_all_classes(member)
         self.average = ClassAverage(member, self.settings.sikd.scope)
@@ -90,13 +89,9 @@ class nnUNetTrainerSIKDTeacher(KDTrainer):
 
     def _require_all_classes(self, member: Member) -> None:
         """Raise SettingsError where averaged images of a class could never be made in this fold."""
-        data, labels = member.dataset_class(str(member.data_folder)), self.label_manager
-        missing = set(labels.foreground_regions if labels.has_regions else labels.foreground_labels)
-        for case in self.training_cases:
-            found = data.load_case(case)[3]["class_locations"]  # kept by nnU-Net's preprocessing
-            missing -= {label for label in missing if len(found.get(label, ()))}
-            if not missing:
-                return
+        missing = set(foreground(member)) - classes_of(member, self.training_cases)
+        if not missing:
+            return
         raise SettingsError(
             f"The labels {sorted(map(str, missing))} of {member.name} occur in no training case of fold {self.fold}, "
             f"so the SIKD teacher cannot learn them. Choose another fold, correct splits_final.json, or take the label "

@@ -38,16 +38,16 @@ from nnunet_kd.settings import (
 )
 from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.tasks.detection_plan import DetectionPlan
+from nnunet_kd.teachers.base import BatchTeacher, Student
 from nnunet_kd.teachers.discover import class_average_model, discover_joint_teacher, is_wanted
 from nnunet_kd.teachers.forward import pooled_channels, speaking_heads
 from nnunet_kd.teachers.kinds import TEACHERS
-from nnunet_kd.teachers.nnunet import NNUNetTeacher, Student
 from nnunet_kd.training.base import recorded_settings
 from nnunet_kd.training.distillation import POOLED, DistillationLoss, build_terms, projector_name
 from nnunet_kd.training.progress import append_curves
 from nnunet_kd.training.task_loss import TaskLoss
 from nnunet_kd.training.task_trainer import TaskTrainer, need_heads
-from nnunet_kd.training.terms import asked_task, default_terms, fit_terms, is_pooled
+from nnunet_kd.training.terms import asked_task, check_samples, default_terms, fit_terms, is_pooled
 
 SETTINGS_FILE = "nnunet_kd_settings.json"
 
@@ -60,6 +60,8 @@ class nnUNetTrainerKDStudent(TaskTrainer):
     """
 
     preset: ClassVar[dict[str, Any]] = {"guard": {"margin": 0.1, "exponent": 4.0}}
+    step_in_epoch = 0
+    samples: ClassVar[tuple[str, ...]] = ()  # the parts of a batch, in their order, that terms can choose between
 
     def __init__(
         self,
@@ -104,6 +106,7 @@ class nnUNetTrainerKDStudent(TaskTrainer):
                 model = recorded.get("model") or class_average_model(plans, configuration, fold, checkpoint)
                 found = merge(found, {"teachers": {name: {"model": model}}})
         settings = resolve_settings(preset, found, given)
+        check_samples(settings.terms, self.samples)
         fitted = fit_terms(settings.terms, plans["dataset_name"], self.planned_tasks, self.planned_boxes)
         return replace(settings, terms=fitted)
 
@@ -141,7 +144,7 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         self.levels = _levels([term for term in self.settings.terms if term.weight != 0])
         super().initialize()
 
-    def _make_teachers(self) -> dict[str, NNUNetTeacher]:
+    def _make_teachers(self) -> dict[str, BatchTeacher]:
         """The teachers of all terms; default terms on tasks that they cannot teach are left out."""
         student = Student(
             self.plans_manager.dataset_name,
@@ -160,6 +163,9 @@ class nnUNetTrainerKDStudent(TaskTrainer):
             for name, settings in self.settings.teachers.items()
             if name in used
         }
+        for index, term in enumerate(self.settings.terms):
+            if term.teacher in teachers:
+                teachers[term.teacher].check_term(term, f"terms[{index}]")
         refusals = {
             index: teachers[term.teacher].refusals.get(asked_task(term) or "")
             for index, term in enumerate(self.settings.terms)
@@ -198,15 +204,15 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         if not levels and not needs_pooled:
             return {}
         teacher = self.teachers[name]
-        network = teacher.build_network()
+        widths = teacher.feature_channels(levels) if levels else {}
         shapes = {
-            projector_name(name, level): (len(stage.stride), stages[level].channels, stage.channels)
-            for level, stage in teacher.find_stages(levels, network).items()
-            if teacher.always_projects or stages[level].channels != stage.channels
+            projector_name(name, level): (len(stages[level].stride), stages[level].channels, width)
+            for level, width in widths.items()
+            if teacher.always_projects or stages[level].channels != width
         }
         if needs_pooled:
-            own, other = (pooled_channels(speaking_heads(net)) for net in (self.unwrapped_network(), network))
-            shapes[projector_name(name, POOLED)] = (2, own, other)
+            own = pooled_channels(speaking_heads(self.unwrapped_network()))
+            shapes[projector_name(name, POOLED)] = (2, own, teacher.pooled_channels())
         return shapes
 
     def on_train_start(self) -> None:
@@ -228,6 +234,9 @@ class nnUNetTrainerKDStudent(TaskTrainer):
             for dataset, cases in teacher.training_cases.items():
                 self.seen_cases.setdefault(dataset, set()).update(cases)
             self.leaked_cases[name] = teacher.leaked_cases
+            teacher.follow(self.unwrapped_network())
+            if name in getattr(self, "restored_teachers", {}):
+                teacher.load_state(self.restored_teachers[name])
             self._say_what_is_taught(name, teacher)
         for name, restored in getattr(self, "restored_competence", {}).items():
             for task, counts in restored.items():
@@ -242,17 +251,21 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         """Stock validation; a leak that was accepted is written into summary.json."""
         super().perform_actual_validation(save_probabilities)
         leaked = {name: cases for name, cases in self.leaked_cases.items() if cases}
-        if leaked and self.local_rank == 0:
+        if leaked:
+            self.note_in_summary("accepted_leakage", leaked)
+
+    def note_in_summary(self, key: str, value: Any) -> None:
+        """Add to the block of nnunet_kd in the summary.json of the final validation."""
+        if self.local_rank == 0:
             file = Path(self.output_folder) / "validation" / "summary.json"
             content = json.loads(file.read_text())
-            write_json(file, {**content, BLOCK: {**content.get(BLOCK, {}), "accepted_leakage": leaked}})
+            write_json(file, {**content, BLOCK: {**content.get(BLOCK, {}), key: value}})
 
-    def _say_what_is_taught(self, name: str, teacher: NNUNetTeacher) -> None:
+    def _say_what_is_taught(self, name: str, teacher: BatchTeacher) -> None:
         taught = [] if teacher.teacher_map is None else [f"classes {', '.join(teacher.teacher_map.target.names)}"]
         taught += [task for task in teacher.taught.tasks if task != "segmentation"]
         self.print_to_log_file(
-            f"Teacher '{name}': {', '.join(str(file) for file in teacher.files)}, {', '.join(taught) or 'features'}",
-            add_timestamp=False,
+            f"Teacher '{name}': {teacher.origin}, {', '.join(taught) or 'features'}", add_timestamp=False
         )
         if self.settings.guard.watches and not teacher.taught.tasks:
             self.print_to_log_file(
@@ -293,16 +306,24 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         self.step_in_epoch = 0
         self.epoch_terms: list[dict[str, Any]] = []
 
+    @property
+    def progress(self) -> float:
+        """Fraction of the training that is done, in [0, 1]."""
+        return (self.current_epoch + self.step_in_epoch / self.num_iterations_per_epoch) / self.num_epochs
+
     def train_step(self, batch: dict) -> dict:
         """Ask the teachers that have a weight now, then take stock nnU-Net's training step."""
         loss: Any = self.loss
-        loss.progress = (self.current_epoch + self.step_in_epoch / self.num_iterations_per_epoch) / self.num_epochs
+        loss.progress = self.progress
         self.step_in_epoch += 1
         for name, tasks in loss.asked(loss.progress).items():
             self.move_to_device(batch)
             loss.teacher_outputs[name] = self.teachers[name](batch, tasks)
         try:
-            return super().train_step(batch)
+            result: dict = super().train_step(batch)
+            for teacher in self.teachers.values():
+                teacher.after_step()
+            return result
         finally:
             loss.teacher_outputs.clear()
             if loss.logged:
@@ -350,6 +371,8 @@ class nnUNetTrainerKDStudent(TaskTrainer):
                 name: {task: competence.counts for task, competence in competences.items()}
                 for name, competences in self.loss.competence.items()
             }
+            states = {name: teacher.state() for name, teacher in self.teachers.items()}
+            extra["teacher_states"] = {name: state for name, state in states.items() if state}
             extra["teachers"] = {
                 name: {"files": [str(file) for file in teacher.files], "leaked_cases": teacher.leaked_cases}
                 for name, teacher in self.teachers.items()
@@ -369,6 +392,7 @@ class nnUNetTrainerKDStudent(TaskTrainer):
             name: value if isinstance(value, dict) else {"segmentation": value}
             for name, value in extra.get("competence", {}).items()
         }
+        self.restored_teachers = extra.get("teacher_states", {})
         self.leaked_cases = {name: teacher["leaked_cases"] for name, teacher in extra.get("teachers", {}).items()}
 
 

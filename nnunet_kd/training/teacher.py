@@ -75,7 +75,14 @@ class nnUNetTrainerKDTeacher(TaskTrainer):
         self.joint.check_unchanged(configuration)
         self._refuse_other_plans(plans, configuration)
         del fold
-        return resolve_settings(*(without_terms(layer) for layer in (plans.get(BLOCK, {}), read_user_settings())))
+        layers = (without_terms(layer) for layer in (plans.get(BLOCK, {}), read_user_settings()))
+        settings = resolve_settings(*layers)
+        if settings.labeled is not None:
+            raise NotImplementedError(
+                "'labeled' is for one dataset, and a joint teacher would see the labels of all training cases of its "
+                "members. Remove it from the settings of the teacher."
+            )
+        return settings
 
     def _refuse_other_plans(self, plans: dict, configuration: str) -> None:
         """All folds share one plans.json, so a fold trained under other joint plans would spoil the earlier ones."""

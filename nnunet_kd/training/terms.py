@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +71,20 @@ def fit_terms(terms: Collection[Term], dataset: str, tasks: Tasks, detection_pla
             term = replace(term, levels=list(levels))
         fitted.append(term)
     return fitted
+
+
+def check_samples(terms: Sequence[Term], available: Sequence[str]) -> None:
+    """Raise SettingsError for a term on samples that the trainer's batches do not have, or that lie apart in them."""
+    for index, term in enumerate(terms):
+        if term.samples and not available:
+            raise SettingsError(
+                f"'terms[{index}].samples' is {term.samples}, but only semi-supervised trainers have such parts of a "
+                f"batch (nnUNetTrainerDINOMix). Remove it, or choose that trainer."
+            )
+        if "labeled" in term.samples and "mixed" in term.samples and "unlabeled" not in term.samples:
+            raise SettingsError(
+                f"'terms[{index}].samples' leaves out 'unlabeled' between 'labeled' and 'mixed'. Make two terms of it."
+            )
 
 
 def is_imitation(term: Term) -> bool:

@@ -20,7 +20,8 @@ from nnunet_kd.errors import TeacherError
 from nnunet_kd.networks.multitask import planned_heads
 from nnunet_kd.settings import Teacher
 from nnunet_kd.tasks.detection_plan import DetectionPlan
-from nnunet_kd.teachers.nnunet import NNUNetTeacher, Student
+from nnunet_kd.teachers.base import Student
+from nnunet_kd.teachers.nnunet import NNUNetTeacher
 
 pytestmark = pytest.mark.integration
 

@@ -18,6 +18,7 @@ TRAINERS = {
     "nnUNetTrainerKDStudent": "nnunet_kd.training.student",
     "nnUNetTrainerKDControl": "nnunet_kd.training.control",
     "nnUNetTrainerSIKDTeacher": "nnunet_kd.training.shape_intensity",
+    "nnUNetTrainerDINOMix": "nnunet_kd.training.dino_mix",
     "nnUNetTrainerSIKDStudent": "nnunet_kd.training.shape_intensity",
 }
 BUILD_INPUTS = ("setup.py", "pyproject.toml", "LICENSE", "README.md", "nnunet_kd", "trainers", "planners", "tests")

@@ -104,6 +104,15 @@ def test_factor_of_a_poor_teacher_is_small_even_where_the_student_is_as_poor() -
     assert float(competence.factor(0.2, 1.0)) == pytest.approx(0.8 * 0.5)
 
 
+def test_the_absolute_part_is_milder_for_classes_and_boxes() -> None:
+    """J and the soft Dice of boxes are far lower than Dice where a teacher is worth listening to."""
+    classes, boxes = ClassificationCompetence(), DetectionCompetence()
+    classes.counts = torch.tensor([[[5.0], [5.0], [5.0], [5.0]], [[6.0], [3.0], [4.0], [7.0]]])  # J 0 and 0.3
+    boxes.counts = torch.tensor([[2.0, 4.0, 4.0], [4.0, 4.0, 8.0]])  # soft Dice 0.4 and 0.5
+    assert float(classes.factor(0.1, 4.0)) == pytest.approx(0.3)
+    assert float(boxes.factor(0.1, 4.0)) == pytest.approx(0.5)
+
+
 # --- classification ---------------------------------------------------------------------------------------------------
 def youden(predicted: list[list[bool]], truth: list[list[float]]) -> float:
     """Mean over the classes with positive and negative cases, by counting; NaN is left out."""

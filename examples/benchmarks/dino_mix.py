@@ -1,0 +1,218 @@
+"""Semi-supervised training (DINO-Mix) on real data and on the synthetic organs of the demo.
+
+A few training cases keep their labels, the others are unlabelled. The control is trained on the labelled ones alone,
+with the same plans, budget, fold and seed. Mean teacher is DINO-Mix without its two contributions; "+ PIC" adds the
+progressive imbalance-aware CutMix, "+ FKD" the foundation teacher, "DINO-Mix" has both. Without --foundation the
+foundation teacher is a vision transformer with RANDOM weights. Dice of the validation cases is computed on the
+preprocessed grid without mirroring; the tail class is the one with the fewest voxels in the labelled cases.
+
+    NNUNET_KD_DATA=.../nnUNet_raw python examples/benchmarks/dino_mix.py -o OUT --tasks 301@3 301@10 --folds 0 --seeds 0
+    python examples/benchmarks/dino_mix.py -o OUT --costs      # seconds per step against the control, interleaved
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import real_data
+from real_data import HIPPOCAMPUS, NODULE, SMALL_PLANS, Run, environment
+from task_scenarios import LIVER
+
+from nnunet_kd.demo.organs import DATASET as ORGANS
+from nnunet_kd.demo.organs import write_organs
+
+CONFIGURATION = {HIPPOCAMPUS: "3d_fullres", NODULE: "3d_fullres", LIVER: "2d", ORGANS: "3d_fullres"}
+TASKS = {"301@3": HIPPOCAMPUS, "301@10": HIPPOCAMPUS, "322@5": LIVER, "302@5": NODULE, "974@10": ORGANS}
+METHODS: dict[str, dict[str, bool] | None] = {
+    "control": None,
+    "mean_teacher": {"cutmix": False, "foundation": False},
+    "pic": {"cutmix": True, "foundation": False},
+    "fkd": {"cutmix": False, "foundation": True},
+    "full": {"cutmix": True, "foundation": True},
+}
+NAMES = {"control": "control (labelled only)", "mean_teacher": "mean teacher", "pic": "+ PIC", "fkd": "+ FKD"}
+NAMES["full"] = "DINO-Mix"
+NUM_TIMED, NUM_WARM = 9, 2
+
+
+def prepare(root: Path, tasks: list[str]) -> None:
+    """Plans and preprocessed data of every dataset."""
+    for dataset in dict.fromkeys(TASKS[task] for task in tasks):
+        if dataset == ORGANS:
+            write_organs(root / "raw")
+        else:
+            real_data.need_data()
+            real_data.link_raw(root, dataset)
+        real_data.prepare_dataset(root, dataset, CONFIGURATION[dataset])
+
+
+def run_of(task: str, method: str, fold: int, seed: int) -> Run:
+    """The training of a method."""
+    return Run(f"semi{task.partition('@')[2]}", method, TASKS[task], fold, seed)
+
+
+def settings_of(run: Run, steps: int, epochs: int, foundation: Path | None) -> dict[str, Any]:
+    """Settings of a training; the seed also draws the labelled cases."""
+    training = {
+        "num_epochs": epochs,
+        "num_iterations_per_epoch": max(1, round(steps / epochs)),
+        "num_val_iterations_per_epoch": 2,
+        "seed": run.seed,
+        "save_every": 1000,
+    }
+    labeled = {"fraction": int(run.scenario.removeprefix("semi")) / 100, "seed": run.seed}
+    parts = METHODS[run.kind]
+    if parts is None:
+        return {"training": training, "labeled": labeled}
+    weights = {"pretrained": False} if foundation is None else {"weights": str(foundation)}
+    teachers = {"foundation": {"foundation": weights}}
+    return {"training": training, "labeled": labeled, "dino_mix": parts, "teachers": teachers}
+
+
+def make_trainer(run: Run, steps: int, epochs: int, foundation: Path | None) -> Any:
+    """The real trainer."""
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    os.environ["nnUNetKD_settings"] = json.dumps(settings_of(run, steps, epochs, foundation))
+    name = "nnUNetTrainerKDControl" if run.kind == "control" else "nnUNetTrainerDINOMix"
+    return get_trainer_from_args(
+        run.dataset, CONFIGURATION[run.dataset], run.fold, name, SMALL_PLANS, False, torch.device("cpu")
+    )
+
+
+def train_and_test(root: Path, run: Run, steps: int, epochs: int, foundation: Path | None) -> None:
+    """Train, test on the validation cases, write per-case rows."""
+    trainer = make_trainer(run, steps, epochs, foundation)
+    trainer.run_training()
+    rows = real_data.test(trainer, run.dataset, run.dataset)
+    labeled = trainer.do_split()[0]
+    content = {"run": asdict(run), "steps": steps, "labeled": labeled, "tail": tail_class(trainer, labeled)}
+    (root / "runs").mkdir(exist_ok=True)
+    file = root / "runs" / f"{run.name}.json"
+    file.write_text(json.dumps({**content, "foundation": str(foundation), "rows": rows}))
+
+
+def tail_class(trainer: Any, labeled: list[str]) -> str:
+    """The class with the fewest voxels in the labelled cases."""
+    import numpy as np
+
+    names = {value: name for name, value in trainer.dataset_json["labels"].items() if value}
+    counts = dict.fromkeys(names, 0)
+    data = trainer.dataset_class(trainer.preprocessed_dataset_folder, labeled)
+    for case in labeled:
+        segmentation = np.asarray(data.load_case(case)[1][:])
+        for value in names:
+            counts[value] += int((segmentation == value).sum())
+    return names[min(counts, key=lambda value: counts[value])]
+
+
+def collect(root: Path, tasks: list[str], folds: list[int], seeds: list[int]) -> None:
+    """One table: all classes of a dataset together, then each class."""
+    import pandas as pd
+
+    from nnunet_kd.evaluation.table import summarize, to_markdown, write_table
+
+    rows = []
+    for task in tasks:
+        for method in METHODS:
+            for fold in folds:
+                for seed in seeds:
+                    file = root / "runs" / f"{run_of(task, method, fold, seed).name}.json"
+                    content = json.loads(file.read_text()) if file.is_file() else {"rows": [], "tail": ""}
+                    number, _, percent = task.partition("@")
+                    title = f"{number}, {percent} % labelled"
+                    classes = {row["class"] for row in content["rows"]}
+                    for row in content["rows"]:
+                        place = {"method": NAMES[method], "fold": fold, "seed": seed, **row}
+                        rows.append({**place, "dataset": title})
+                        if len(classes) > 1:
+                            tail = " (tail)" if row["class"] == content["tail"] else ""
+                            rows.append({**place, "dataset": f"{title}: {row['class']}{tail}"})
+    if not rows:
+        return
+    frame = pd.DataFrame(rows).sort_values("dataset", kind="stable")
+    frame.to_csv(root / "dino_mix_cases.csv", index=False)
+    table = summarize(frame, NAMES["control"])
+    write_table(table, root, "dino_mix")
+    print(to_markdown(table))
+
+
+def measure_costs(task: str) -> None:
+    """Seconds per step of every method as a ratio to the control's, in one process, interleaved; medians."""
+    steps: dict[str, list[float]] = {method: [] for method in METHODS}
+    trainers = {}
+    for method in METHODS:
+        trainers[method] = make_trainer(run_of(task, method, 0, 0), 600, 10, None)
+        trainers[method].on_train_start()
+        trainers[method].on_epoch_start()
+        trainers[method].on_train_epoch_start()
+    for index in range(NUM_WARM + NUM_TIMED):
+        for method, trainer in trainers.items():
+            batch = next(trainer.dataloader_train)
+            start = time.perf_counter()
+            trainer.train_step(batch)
+            if index >= NUM_WARM:
+                steps[method].append(time.perf_counter() - start)
+    control = statistics.median(steps["control"])
+    print(
+        f"| {task} | patches per step | seconds | against control | per patch, against control |\n|---|---|---|---|---|"
+    )
+    for method, trainer in trainers.items():
+        patches = trainer.batch_size + (trainer.num_mixes if method in ("pic", "full") else 0)
+        seconds = statistics.median(steps[method])
+        ratios = (seconds / control, seconds / control * trainers["control"].batch_size / patches)
+        print(f"| {NAMES[method]} | {patches} | {seconds:.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+
+
+def start(root: Path, run: Run, args: argparse.Namespace) -> None:
+    """One run in a process of its own."""
+    more = [] if args.foundation is None else ["--foundation", str(args.foundation)]
+    real_data.start_again(__file__, root, run, more, args, environment(root / "raw", root, "preprocessed", run.name, 1))
+
+
+def main() -> None:
+    """Parse, prepare, run what is missing, collect."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="Dataset@percent labelled")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--foundation", type=Path, default=None, help="Weights of vit_small_patch16_dinov3")
+    parser.add_argument("--costs", action="store_true", help="Measure the steps of the first task instead")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    real_data.add_run_arguments(parser, 600)
+    args = parser.parse_args()
+    root = args.o.resolve()
+    if args.run is not None:
+        train_and_test(root, Run(**json.loads(args.run)), args.steps, args.epochs, args.foundation)
+        return
+    if args.measure:
+        measure_costs(args.tasks[0])
+        return
+    prepare(root, args.tasks)
+    if args.costs:
+        env = environment(root / "raw", root, "preprocessed", "costs", 1)
+        command = [sys.executable, __file__, "-o", str(root), "--tasks", args.tasks[0], "--measure"]
+        sys.exit(subprocess.run(command, env=env, check=False).returncode)
+    runs = [
+        run_of(task, method, fold, seed)
+        for task in args.tasks
+        for fold in args.folds
+        for seed in args.seeds
+        for method in args.methods
+    ]
+    real_data.for_each(list(real_data.jobs(root, runs)), lambda run: start(root, run, args), args.workers)
+    collect(root, args.tasks, args.folds, args.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Batches of labelled and unlabelled samples, each from its own stock loader (our design)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from nnunet_kd.data.add_unlabeled import added_cases, added_folder
+from nnunet_kd.data.member import Member
+
+OUTSIDE = -1  # nnU-Net's label of voxels that are not part of the image
+
+
+class UnlabeledImages:
+    """The images of preprocessed cases, as a dataset of nnU-Net without any labels.
+
+    Args:
+        member: The dataset.
+        cases: Of its own cases those whose labels are not used. Those of nnUNetKD_add_unlabeled are added.
+    """
+
+    def __init__(self, member: Member, cases: Sequence[str]) -> None:
+        kind = member.dataset_class
+        self._source: dict[str, Any] = dict.fromkeys(cases, kind(str(member.data_folder), list(cases)))
+        more = added_cases(member)
+        self._source |= dict.fromkeys(more, kind(str(added_folder(member)), more))
+        self.identifiers = list(self._source)
+
+    def load_case(self, case: str) -> tuple[Any, Any, None, dict[str, Any]]:
+        """Image [C, *S]; a segmentation [1, *S] that says nothing; no previous stage; no places of classes."""
+        image = self._source[case].load_case(case)[0]
+        nothing = np.broadcast_to(np.int16(OUTSIDE), (1, *image.shape[1:]))
+        return image, nothing, None, {"class_locations": {}}
+
+
+class SemiSupervisedLoader(SlimDataLoaderBase):
+    """Joins the batches of a labelled and an unlabelled loader; the labelled samples come first.
+
+    Args:
+        labeled: Stock loader of the labelled cases; its batch size becomes ``num_labeled``.
+        images: Of the unlabelled ones, which get the same patches and augmentation.
+        num_labeled: Labelled samples per batch.
+        num_unlabeled: Unlabelled ones.
+        label_manager: Stock nnU-Net's.
+    """
+
+    def __init__(
+        self,
+        labeled: nnUNetDataLoader,
+        images: UnlabeledImages,
+        num_labeled: int,
+        num_unlabeled: int,
+        label_manager: LabelManager,
+    ) -> None:
+        super().__init__(None, num_labeled + num_unlabeled, 1)
+        first = 1 if labeled.patch_size_was_2d else 0
+        self.labeled = labeled
+        labeled.batch_size = num_labeled
+        # stock nnU-Net oversamples the foreground in the last third of a batch, which may be none of a small one
+        labeled.get_do_oversample = labeled._probabilistic_oversampling
+        self.unlabeled = nnUNetDataLoader(
+            images,
+            num_unlabeled,
+            labeled.patch_size[first:],
+            labeled.final_patch_size[first:],
+            label_manager,
+            transforms=labeled.transforms,
+        )
+        self.unlabeled.has_ignore = False  # else patches would be drawn where there are labels
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """A batch; the targets of unlabelled samples are nnU-Net's background and mean nothing."""
+        parts = [loader.generate_train_batch() for loader in (self.labeled, self.unlabeled)]
+        targets = [part["target"] for part in parts]
+        several = isinstance(targets[0], list)
+        return {
+            "data": torch.cat([part["data"] for part in parts]),
+            "target": [torch.cat(level) for level in zip(*targets, strict=True)] if several else torch.cat(targets),
+            "keys": [key for part in parts for key in part["keys"]],
+        }

@@ -1,0 +1,153 @@
+"""A vision foundation model (DINOv3, DINOv2, any of timm) as a frozen teacher of features.
+
+Established (arXiv 2602.07819): a frozen DINOv3 encoder and the mean squared error of features of length 1, which is
+2 - 2 cos. Which slices, sizes and intensities: our design (``docs`` in the README say so).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from nnunet_kd.errors import SettingsError
+from nnunet_kd.settings import Teacher as TeacherSettings
+from nnunet_kd.settings import Term
+from nnunet_kd.teachers.base import BatchTeacher, Student
+from nnunet_kd.teachers.foundation_model import build_foundation
+from nnunet_kd.teachers.output import TeacherOutput
+from nnunet_kd.teachers.precision import choose_bf16, cpu_has_bf16
+from nnunet_kd.teachers.slices import Slices, coarsest_axis
+
+DEFAULT_MODEL = "vit_small_patch16_dinov3"
+SEEN = "num_natural"  # key of a batch: how many of its first samples are natural images, not mixed ones
+SLICE_PERCENTILES = (0.01, 0.99)
+SMALLEST_RANGE = 1e-6
+
+
+class FoundationTeacher(BatchTeacher):
+    """Patch tokens of slices of the first channel.
+
+    A 3D patch is seen in K slices across its coarsest axis (K is a setting, their places are drawn anew for every
+    batch), a 2D patch as it is. Intensities are brought to [0, 1] by :class:`IntensityRange`, repeated for the three
+    colours, and resized so that the longer side has the size of the settings; both sides become multiples of the
+    model's patch size.
+
+    Raises:
+        TeacherError: The model is unknown, or its weights cannot be had.
+    """
+
+    def __init__(self, name: str, settings: TeacherSettings, student: Student) -> None:
+        super().__init__(name, settings, student)
+        self.model = build_foundation(settings.model or DEFAULT_MODEL, settings.foundation)
+        weights = settings.foundation.weights
+        self.files = [] if weights is None else [Path(weights)]
+        self.range = IntensityRange(student)
+        spacing = student.configuration_manager.spacing
+        self.axis = coarsest_axis(spacing) if len(spacing) == 3 else None
+        self._bf16_undecided = self._use_bf16 = False
+
+    @property
+    def origin(self) -> str:
+        """The model, and where its weights come from."""
+        return self.model.note
+
+    def check_term(self, term: Term, where: str) -> None:
+        """Raise SettingsError for anything but features of natural images."""
+        if term.on != "features":
+            raise SettingsError(
+                f"'{where}.on' is '{term.on}', but teacher '{self.name}' is a foundation model, which teaches features "
+                f"only. Set it to 'features' and name 'levels', for example [\"encoder@1/16\"]."
+            )
+        if "mixed" in term.samples:
+            raise SettingsError(
+                f"'{where}.samples' has 'mixed', but teacher '{self.name}' sees natural images only. Remove it."
+            )
+
+    def feature_channels(self, levels: Sequence[str]) -> dict[str, int]:
+        """The width of its tokens, at every level."""
+        return dict.fromkeys(levels, self.model.channels)
+
+    def load(
+        self,
+        device: torch.device,
+        levels: Sequence[str],
+        tasks: Collection[str],
+        compile_network: bool,
+        validation_cases: Sequence[str],
+    ) -> None:
+        """Move the model to ``device``; it has seen none of the student's cases that anybody knows of."""
+        del tasks, validation_cases
+        self.levels = tuple(levels)
+        network = self.model.network.to(device)
+        self.network = torch.compile(network) if compile_network else network
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in self.model[3:5])
+        self.colours = (mean, std)
+        self._bf16_undecided = self.settings.precision == "auto" and device.type == "cpu" and cpu_has_bf16()
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Any], tasks: Collection[str]) -> TeacherOutput:
+        """Tokens [B, C, K, h, w] of slices, or [B, C, h, w] of 2D patches, the same for every level."""
+        del tasks
+        image = batch["data"][: batch.get(SEEN), :1]
+        slices = self._draw(image)
+        if self._bf16_undecided:
+            self._bf16_undecided = False
+            self._use_bf16, reason = choose_bf16(lambda use: self._teach_in(use, image, slices), regions=False)
+            self.precision_note = f"teacher '{self.name}': {reason}"
+        return self._teach_in(self._use_bf16, image, slices)
+
+    def _draw(self, image: Tensor) -> Slices | None:
+        if self.axis is None:
+            return None
+        count = self.settings.foundation.slices
+        return Slices.draw(len(image), image.shape[self.axis + 2], count, self.axis, image.device)
+
+    def _teach_in(self, use_bf16: bool, image: Tensor, slices: Slices | None) -> TeacherOutput:
+        seen = image[:, :, None] if slices is None else slices.of_image(image)  # [B, 1, K, H, W]
+        pixels = self.range(seen.transpose(1, 2).flatten(0, 1))
+        pixels = interpolate(pixels, self._size(pixels.shape[2:]), mode="bilinear", antialias=True)
+        mean, std = self.colours
+        is_cuda = image.device.type == "cuda"
+        dtype = torch.float16 if is_cuda else torch.bfloat16
+        with torch.autocast(image.device.type, dtype=dtype, enabled=is_cuda or use_bf16):
+            tokens = self.network((pixels - mean) / std).float()
+        tokens = tokens.unflatten(0, (len(image), -1)).transpose(1, 2)  # [B, C, K, h, w]
+        tokens = tokens[:, :, 0] if slices is None else tokens
+        return TeacherOutput(features=dict.fromkeys(self.levels, tokens), slices=slices)
+
+    def _size(self, shape: Sequence[int]) -> list[int]:
+        """Height and width of what the model sees."""
+        scale, multiple = self.settings.foundation.size / max(shape), self.model.multiple
+        return [max(1, round(side * scale / multiple)) * multiple for side in shape]
+
+
+class IntensityRange:
+    """Brings intensities, as the plans' normalisation left them, to [0, 1].
+
+    CT: the 0.5th and 99.5th percentile of the plans' foreground become 0 and 1. Schemes that give a fixed range are
+    taken as they are. Others (z-scores): per slice, its 1st and 99th percentile. Values outside are clipped.
+    """
+
+    def __init__(self, student: Student) -> None:
+        scheme = student.configuration_manager.normalization_schemes[0]
+        self.limits: tuple[float, float] | None = None
+        if scheme == "CTNormalization":
+            found = student.plans_manager.foreground_intensity_properties_per_channel["0"]
+            low, high = found["percentile_00_5"], found["percentile_99_5"]
+            self.limits = ((low - found["mean"]) / found["std"], (high - found["mean"]) / found["std"])
+        elif scheme in ("RescaleTo01Normalization", "RGBTo01Normalization"):
+            self.limits = (0.0, 1.0)
+
+    def __call__(self, slices: Tensor) -> Tensor:
+        """[N, 1, H, W] -> the same in [0, 1]."""
+        if self.limits is None:
+            values, places = slices.flatten(1).float().sort(dim=1)[0], SLICE_PERCENTILES
+            low, high = (values[:, round(place * (values.shape[1] - 1))].view(-1, 1, 1, 1) for place in places)
+            return ((slices - low) / (high - low).clamp(min=SMALLEST_RANGE)).clamp(0, 1)
+        low_limit, high_limit = self.limits
+        return ((slices - low_limit) / (high_limit - low_limit)).clamp(0, 1)

@@ -1,0 +1,265 @@
+"""DINO-Mix: semi-supervised segmentation with a foundation teacher, a moving average and imbalance-aware CutMix.
+
+Source: Liu and Sun, arXiv 2602.07819, whose equations are not at hand. Established: the frozen DINOv3 teacher, the mean
+squared error of features of length 1, class-conditional CutMix of labelled and unlabelled images whose curriculum goes
+from tail classes to all alike, and consistency. Our specification: everything that a number or formula says here.
+
+L = L_supervised(labelled) + ramp * [L_consistency(unlabelled) + L_mix(mixed)] + w * L_foundation(labelled, unlabelled)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+
+from nnunet_kd.data.augmenters import augmenters
+from nnunet_kd.data.semi_supervised import SemiSupervisedLoader, UnlabeledImages
+from nnunet_kd.environment import environment
+from nnunet_kd.errors import SettingsError
+from nnunet_kd.networks.multitask import planned_heads
+from nnunet_kd.settings import Settings, check_types, merge
+from nnunet_kd.spaces.labels import LabelSpace
+from nnunet_kd.teachers.ema import EMATeacher
+from nnunet_kd.training.distillation import DistillationLoss
+from nnunet_kd.training.semi_batch import SemiSupervisedBatch, SupervisedPart
+from nnunet_kd.training.student import nnUNetTrainerKDStudent
+
+NATURAL: list[Literal["labeled", "unlabeled", "mixed"]] = ["labeled", "unlabeled"]
+RAMP = {"kind": "gaussian", "warmup": 1.0}
+CONSISTENCY = {"teacher": "ema", "on": "logits", "loss": "pseudo_label", "samples": ["unlabeled"], "schedule": RAMP}
+CUTMIX = {**CONSISTENCY, "samples": ["mixed"]}
+FOUNDATION = {
+    "teacher": "foundation",
+    "on": "features",
+    "loss": "cosine",  # 1 - cos is half of the squared error of features of length 1
+    "levels": ["encoder@1/16"],
+    "samples": NATURAL,
+    "weight": 1.0,
+    "schedule": {"kind": "linear", "warmup": 0.1, "final": 0.2},
+}
+
+
+class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
+    """The student trainer with another list of terms, and batches that carry unlabelled and mixed samples, too."""
+
+    preset: ClassVar[dict[str, Any]] = {
+        "teachers": {"ema": {"kind": "ema"}, "foundation": {"kind": "foundation"}},
+    }
+    samples: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "mixed")
+
+    # ---- settings ---------------------------------------------------------------------------------------------------
+
+    def method_preset(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The terms of the parts that are switched on."""
+        parts = check_types({"dino_mix": given.get("dino_mix", {})}).dino_mix
+        pseudo_label = {"options": {"confidence": parts.confidence}}
+        terms = [
+            merge(CONSISTENCY, pseudo_label) if parts.consistency else None,
+            merge(CUTMIX, pseudo_label) if parts.cutmix else None,
+            FOUNDATION if parts.foundation else None,
+        ]
+        return merge(self.preset, {"terms": [term for term in terms if term is not None]})
+
+    def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
+        """Refuse what has no meaning here."""
+        manager = PlansManager(plans).get_configuration(configuration)
+        if manager.previous_stage_name is not None:
+            raise NotImplementedError(
+                f"DINO-Mix is not supported in the second stage of a cascade ({configuration}): unlabelled images have "
+                f"no segmentation of the first stage. Train in 3d_lowres or 3d_fullres."
+            )
+        if planned_heads(manager.configuration["architecture"]) is not None:
+            raise NotImplementedError(
+                f"DINO-Mix trains segmentation only, but {plans['plans_name']} has heads for classes or boxes. Train "
+                f"on the stock plans (-p nnUNetPlans)."
+            )
+        settings = super().resolve_settings(plans, configuration, fold)
+        if not any(term.weight for term in settings.terms):
+            raise SettingsError(
+                "All parts of DINO-Mix are switched off, so nothing would be learned from unlabelled images. Switch "
+                "one on in 'dino_mix', or train on the labelled cases alone: -tr nnUNetTrainerKDControl."
+            )
+        if settings.guard.watches:
+            raise SettingsError(
+                "'guard' compares teachers with their student by labels, which unlabelled samples do not have. Remove "
+                "it from the settings."
+            )
+        kinds = {name: teacher.kind for name, teacher in settings.teachers.items()}
+        if "class_average" in (kinds[term.teacher] for term in settings.terms):
+            raise NotImplementedError(
+                "A class-average teacher needs the labels of all samples, which DINO-Mix does not have. Use "
+                "-tr nnUNetTrainerSIKDStudent, or remove its terms."
+            )
+        terms = [
+            replace(term, samples=NATURAL) if kinds[term.teacher] == "foundation" and not term.samples else term
+            for term in settings.terms
+        ]
+        return replace(settings, terms=terms)
+
+    # ---- set-up -----------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """Initialise as the student does; then the batch has to hold labelled and unlabelled samples."""
+        super().initialize()
+        asked = self.settings.dino_mix.unlabeled_per_batch
+        self.num_unlabeled = self.batch_size // 2 if asked is None else asked
+        self.num_labeled = self.batch_size - self.num_unlabeled
+        if self.num_unlabeled < 1 or self.num_labeled < 1:
+            raise SettingsError(
+                f"A batch of {self.batch_size} cannot hold labelled and {self.num_unlabeled or 'any'} unlabelled "
+                f"patches. Train on plans with a larger batch (and a smaller patch, where memory is short), on fewer "
+                f"GPUs, or with a smaller 'dino_mix.unlabeled_per_batch'."
+            )
+        mixes = self.settings.dino_mix.mixes
+        self.num_mixes = self.num_unlabeled if mixes is None else mixes
+        space = LabelSpace.from_dataset_json(self.dataset_json)
+        self.semi_supervised = SemiSupervisedBatch(space, self.num_labeled, self.settings.dino_mix)
+
+    def _unlabeled_images(self) -> UnlabeledImages:
+        """Training cases without labels, the added ones, and if that is asked for the validation cases."""
+        member, plans_name = self.own_dataset(), self.plans_manager.plans_name
+        (labeled, validation), (training, _) = self.do_split(), self.fold_split()
+        transductive = validation if self.settings.dino_mix.transductive and self.fold != "all" else []
+        self.transductive_cases = sorted(transductive)
+        known = set(labeled)
+        cases = [*(case for case in training if case not in known), *self.transductive_cases]
+        self.seen_cases[member.name].update(cases)
+        images = UnlabeledImages(member, cases)
+        if not images.identifiers:
+            raise SettingsError(
+                f"There are no unlabelled images of {member.name}. Add some: nnUNetKD_add_unlabeled -d "
+                f"{member.name[7:10]} -i FOLDER -p {plans_name} -c {self.configuration_name}; or let only some "
+                f'of the training cases keep their labels: "labeled": {{"fraction": 0.1}}.'
+            )
+        self.print_to_log_file(
+            f"{len(labeled)} labelled and {len(images.identifiers)} unlabelled images; {self.num_labeled} + "
+            f"{self.num_unlabeled} patches and {self.num_mixes if self._mixes else 0} mixed ones per step",
+            add_timestamp=False,
+        )
+        if self.transductive_cases:
+            self.print_to_log_file(
+                f"TRANSDUCTIVE: the images of {len(self.transductive_cases)} validation cases are trained on without "
+                f"their labels.",
+                add_timestamp=False,
+            )
+        return images
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """Stock loaders; that of training also draws unlabelled images."""
+        images, processes = self._unlabeled_images(), get_allowed_n_proc_DA()
+        with environment({"nnUNet_n_proc_DA": "0"}):  # stock nnU-Net then returns the bare loaders
+            labeled, validation = (augmenter.data_loader for augmenter in super().get_dataloaders())
+        training = SemiSupervisedLoader(labeled, images, self.num_labeled, self.num_unlabeled, self.label_manager)
+        return augmenters(training, validation, processes, pin_memory=self.device.type == "cuda")
+
+    def _distillation_loss(self, supervised: nn.Module) -> DistillationLoss:
+        loss = super()._distillation_loss(supervised)
+        loss.supervised = SupervisedPart(supervised)
+        return loss
+
+    def on_train_start(self) -> None:
+        """Start as the student does; go on from the student's weights where the checkpoint predicts with others."""
+        super().on_train_start()
+        if hasattr(self, "restored_frequencies"):
+            self.semi_supervised.frequencies.load_state(self.restored_frequencies, self.device)
+        if getattr(self, "restored_student", None):
+            self.unwrapped_network().load_state_dict(self.restored_student)
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    @property
+    def average(self) -> EMATeacher | None:
+        """The moving average, if a term asks it."""
+        return next((own for own in self.teachers.values() if isinstance(own, EMATeacher)), None)
+
+    @property
+    def _mixes(self) -> bool:
+        return any("mixed" in term.samples and term.weight for term in self.settings.terms)
+
+    def train_step(self, batch: dict) -> dict:
+        """Ask the moving average about the unlabelled samples, mix, then take the student's step."""
+        self.move_to_device(batch)
+        logits = None if self.average is None else self.average.predict(batch["data"][self.num_labeled :])
+        num_mixes = self.num_mixes if self._mixes else 0
+        prepared, groups = self.semi_supervised(batch, logits, num_mixes, self.progress)
+        self.loss.groups, self.loss.supervised.num_labeled = groups, self.num_labeled
+        try:
+            return super().train_step(prepared)
+        finally:
+            self.loss.supervised.num_labeled = None
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """The student's log, and what is mixed."""
+        super().on_train_epoch_end(train_outputs)
+        probabilities = self.semi_supervised.probabilities
+        if probabilities is not None:
+            space = self.semi_supervised.space
+            names = space.names if space.regions else space.names[1:]
+            shares = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, probabilities.tolist(), strict=True))
+            self.print_to_log_file(f"Classes of the mixed boxes: {shares}")
+
+    # ---- the network that predicts ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _predicting_weights(self) -> Iterator[None]:
+        """Within the block the network has the weights with which it will predict."""
+        average = self.average if self.settings.dino_mix.predict_with == "ema" else None
+        if average is None:
+            yield
+            return
+        network = self.unwrapped_network()
+        own = {name: value.clone() for name, value in network.state_dict().items()}
+        network.load_state_dict(average.network.state_dict())
+        try:
+            yield
+        finally:
+            network.load_state_dict(own)
+
+    def validation_step(self, batch: dict) -> dict:
+        """Stock validation step of the network that predicts."""
+        with self._predicting_weights():
+            return super().validation_step(batch)
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write the network that predicts; the student goes beside it."""
+        self.student_weights = {}
+        if self.settings.dino_mix.predict_with == "ema":
+            own = self.unwrapped_network().state_dict()
+            self.student_weights = {name: value.detach().cpu().clone() for name, value in own.items()}
+        with self._predicting_weights():
+            super().save_checkpoint(filename)
+
+    def on_train_end(self) -> None:
+        """Keep the weights that predict for the final validation."""
+        super().on_train_end()
+        if self.settings.dino_mix.predict_with == "ema" and self.average is not None:
+            self.unwrapped_network().load_state_dict(self.average.network.state_dict())
+
+    # ---- checkpoint and results -------------------------------------------------------------------------------------
+
+    def checkpoint_extra(self) -> dict[str, Any]:
+        """Also the class frequencies, and the student where another network predicts."""
+        extra = super().checkpoint_extra()
+        extra["class_frequencies"] = self.semi_supervised.frequencies.state()
+        extra["student_weights"] = self.student_weights
+        extra["transductive_cases"] = self.transductive_cases
+        return extra
+
+    def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
+        """Restore :meth:`checkpoint_extra`."""
+        super().load_checkpoint_extra(extra)
+        self.restored_frequencies = extra["class_frequencies"]
+        self.restored_student = extra["student_weights"]
+        self.transductive_cases = extra["transductive_cases"]
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Stock validation; results of transductive training say so."""
+        super().perform_actual_validation(save_probabilities)
+        if self.transductive_cases:
+            self.note_in_summary("transductive", self.transductive_cases)
