@@ -1,6 +1,6 @@
 """Splits, settings and scores of a semi-supervised leaderboard in its own protocol; see README.md.
 
-python semi_supervised.py splits dino_mix.yaml synapse -d 801      # splits_final.json, and settings per share, method and seed
+python semi_supervised.py splits dino_mix.yaml synapse -d 801      # splits, and settings per share, method and seed
 python semi_supervised.py score dino_mix.yaml synapse -ref labelsTs -pred PREDICTIONS
 """
 
