@@ -64,9 +64,12 @@ def prepare(root: Path, datasets: list[str]) -> None:
         real_data.prepare_dataset(root, LIVER, "2d")
 
 
-def run_of(method: str, dataset: str, fold: int, seed: int, weight: float) -> Run:
+def run_of(method: str, dataset: str, fold: int, seed: int, weight: float, level: str) -> Run:
     """The training of a method; those that real_data.py has too are its own."""
-    variant = f"W{weight:g}" if method in ("sikd", "both") and weight != SHAPE_TERM["weight"] else ""
+    variant = ""
+    if method in ("sikd", "both"):
+        variant += f"W{weight:g}" if weight != SHAPE_TERM["weight"] else ""
+        variant += "".join(filter(str.isalnum, level)) if [level] != SHAPE_TERM["levels"] else ""
     joint = JOINT_SCENARIO.get(dataset, "s")
     if method in ("control", "joint"):
         return Run(joint, "control" if method == "control" else "student", dataset, fold, seed)
@@ -79,7 +82,7 @@ def folder_of(root: Path, run: Run) -> Path:
 
 
 def plan_runs(
-    datasets: list[str], methods: list[str], folds: list[int], seeds: list[int], weight: float
+    datasets: list[str], methods: list[str], folds: list[int], seeds: list[int], weight: float, level: str
 ) -> list[list[Run]]:
     """Trainings in three groups that depend on those before them: teachers, joint teachers too; the rest."""
     teachers, others = [], []
@@ -95,14 +98,14 @@ def plan_runs(
                     teachers.append(Run(scenario, "teacher", SCENARIOS[scenario].members[0], fold, seed))
                 for method in methods:
                     if dataset in JOINT_SCENARIO or method not in JOINT_METHODS:
-                        others.append(run_of(method, dataset, fold, seed, weight))
+                        others.append(run_of(method, dataset, fold, seed, weight, level))
     return [list(dict.fromkeys(teachers)), others]
 
 
 # ---- one training or test (child process) ---------------------------------------------------------------------------
 
 
-def settings_of(root: Path, run: Run, steps: int, epochs: int, weight: float) -> tuple[str, dict[str, Any]]:
+def settings_of(root: Path, run: Run, steps: int, epochs: int, weight: float, level: str) -> tuple[str, dict[str, Any]]:
     """Trainer and settings of a training that real_data.py does not have."""
     training: dict[str, Any] = {
         "num_epochs": epochs,
@@ -123,7 +126,7 @@ def settings_of(root: Path, run: Run, steps: int, epochs: int, weight: float) ->
     settings["teachers"] = {"shape": {"kind": "class_average", "model": str(folder_of(root, shape))}}
     if run.kind == "paper":
         return "nnUNetTrainerSIKDStudent", settings
-    settings["terms"] = [{**SHAPE_TERM, "weight": weight}]
+    settings["terms"] = [{**SHAPE_TERM, "weight": weight, "levels": [level]}]
     if run.kind == "both":
         scenario = SCENARIOS[JOINT_SCENARIO[run.dataset]]
         teacher = Run(JOINT_SCENARIO[run.dataset], "teacher", scenario.members[0], run.fold, run.seed)
@@ -133,13 +136,13 @@ def settings_of(root: Path, run: Run, steps: int, epochs: int, weight: float) ->
     return "nnUNetTrainerSIKDStudent", settings
 
 
-def train(root: Path, run: Run, steps: int, epochs: int, weight: float) -> None:
+def train(root: Path, run: Run, steps: int, epochs: int, weight: float, level: str) -> None:
     """Train with the real trainer."""
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    trainer_name, settings = settings_of(root, run, steps, epochs, weight)
+    trainer_name, settings = settings_of(root, run, steps, epochs, weight, level)
     os.environ["nnUNetKD_settings"] = json.dumps(settings)
     trainer = get_trainer_from_args(
         run.dataset, CONFIGURATION[run.dataset], run.fold, trainer_name, SMALL_PLANS, False, torch.device("cpu")
@@ -187,7 +190,7 @@ def test(root: Path, run: Run) -> None:
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def collect(root: Path, datasets: list[str], folds: list[int], seeds: list[int], weight: float) -> None:
+def collect(root: Path, datasets: list[str], folds: list[int], seeds: list[int], weight: float, level: str) -> None:
     """One table per metric and comparison."""
     import pandas as pd
 
@@ -196,7 +199,7 @@ def collect(root: Path, datasets: list[str], folds: list[int], seeds: list[int],
     for control, others, joint in COMPARISONS:
         rows = []
         for dataset, method, fold, seed in itertools.product(datasets, (control, *others), folds, seeds):
-            file = root / "sikd" / f"{run_of(method, dataset, fold, seed, weight).name}.json"
+            file = root / "sikd" / f"{run_of(method, dataset, fold, seed, weight, level).name}.json"
             for row in json.loads(file.read_text()) if file.is_file() else ():
                 across = row["tested_on"] != dataset
                 if joint and not row["held_out"]:
@@ -222,7 +225,7 @@ def start(root: Path, run: Run, args: argparse.Namespace, testing: bool) -> None
         real_data.start(root, run, args)
         return
     env = environment(root / "raw", root, "preprocessed", run.name, 1)
-    more = ["--weight", str(args.weight), *(["--test"] if testing else [])]
+    more = ["--weight", str(args.weight), "--level", args.level, *(["--test"] if testing else [])]
     real_data.start_again(__file__, root, run, more, args, env)
 
 
@@ -242,6 +245,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     real_data.add_run_arguments(parser, 600)
     parser.add_argument("--weight", type=float, default=2.0, help="Weight of SIKD's term in nnU-Net's recipe")
+    parser.add_argument("--level", default=SHAPE_TERM["levels"][0], help="Of the features in nnU-Net's recipe")
     parser.add_argument("--test", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.settings = "{}"
@@ -251,19 +255,19 @@ def main() -> None:
         if args.test:
             test(root, run)
         else:
-            train(root, run, args.steps, args.epochs, args.weight)
+            train(root, run, args.steps, args.epochs, args.weight, args.level)
         return
     real_data.need_data()
     datasets = [DATASETS[number] for number in args.datasets]
     prepare(root, datasets)
-    groups = plan_runs(datasets, args.methods, args.folds, args.seeds, args.weight)
+    groups = plan_runs(datasets, args.methods, args.folds, args.seeds, args.weight, args.level)
     refuse_other_budget(root, [run for group in groups for run in group], args.steps)
     for group in groups:
         missing = list(real_data.jobs(root, group))
         real_data.for_each(missing, lambda run: start(root, run, args, testing=False), args.workers)
     untested = [run for run in groups[-1] if not (root / "sikd" / f"{run.name}.json").is_file()]
     real_data.for_each(untested, lambda run: start(root, run, args, testing=True), args.workers)
-    collect(root, datasets, args.folds, args.seeds, args.weight)
+    collect(root, datasets, args.folds, args.seeds, args.weight, args.level)
 
 
 if __name__ == "__main__":

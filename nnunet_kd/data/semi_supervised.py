@@ -11,7 +11,7 @@ from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_kd.data.add_unlabeled import added_cases, added_folder
+from nnunet_kd.data.add_unlabeled import added_cases, added_folder, check_added
 from nnunet_kd.data.member import Member
 
 OUTSIDE = -1  # nnU-Net's label of voxels that are not part of the image
@@ -23,11 +23,15 @@ class UnlabeledImages:
     Args:
         member: The dataset.
         cases: Of its own cases those whose labels are not used. Those of nnUNetKD_add_unlabeled are added.
+
+    Raises:
+        UnlabeledError: Added images do not fit the dataset any more.
     """
 
     def __init__(self, member: Member, cases: Sequence[str]) -> None:
         kind = member.dataset_class
         self._source: dict[str, Any] = dict.fromkeys(cases, kind(str(member.data_folder), list(cases)))
+        check_added(member)
         more = added_cases(member)
         self._source |= dict.fromkeys(more, kind(str(added_folder(member)), more))
         self.identifiers = list(self._source)

@@ -562,7 +562,11 @@ def test_the_spacing_file_of_a_3d_tif_belongs_to_the_image(make_toy: Callable[..
     toy.plan(1, (1.0, 2.0, 1.0))
     assert toy.add()[0].num_added == 3
     (toy.images / "new_000.json").write_text(json.dumps({"spacing": [3, 1, 1]}))
-    assert "new_000 was added before" in toy.refused()
+    (toy.images / "new_001.json").unlink()
+    message = toy.refused()
+    assert "new_000 was added before" in message
+    assert "new_001 was added before" in message
+    (toy.images / "new_001.json").write_text(json.dumps({"spacing": [2, 1, 1]}))
     (added_folder(toy.member()) / "new_000.pkl").unlink()
     (toy.images / "new_000.json").write_text(json.dumps({"spacing": [2e-3, 1e-3, 1e-3]}))
     assert "in other units (metres?)" in toy.refused()
