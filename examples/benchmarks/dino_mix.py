@@ -4,7 +4,7 @@ A few training cases keep their labels, the others are unlabelled. The control i
 with the same plans, budget, fold and seed. Mean teacher is DINO-Mix without its two contributions; "+ PIC" adds the
 progressive imbalance-aware CutMix, "+ FKD" the foundation teacher, "DINO-Mix" has both. Without --foundation the
 foundation teacher is a vision transformer with RANDOM weights. Dice of the validation cases is computed on the
-preprocessed grid without mirroring; the tail class is the one with the fewest voxels in the labelled cases.
+preprocessed grid without mirroring; the tail class is the one with the fewest voxels in the dataset.
 
     NNUNET_KD_DATA=.../nnUNet_raw python examples/benchmarks/dino_mix.py -o OUT --tasks 301@3 301@10 --folds 0 --seeds 0
     python examples/benchmarks/dino_mix.py -o OUT --costs      # seconds per step against the control, interleaved
@@ -96,21 +96,22 @@ def train_and_test(root: Path, run: Run, steps: int, epochs: int, foundation: Pa
     trainer = make_trainer(run, steps, epochs, foundation)
     trainer.run_training()
     rows = real_data.test(trainer, run.dataset, run.dataset)
-    labeled = trainer.do_split()[0]
-    content = {"run": asdict(run), "steps": steps, "labeled": labeled, "tail": tail_class(trainer, labeled)}
+    labeled, (training, validation) = trainer.do_split()[0], trainer.fold_split()
+    tail = tail_class(trainer, [*training, *validation])
+    content = {"run": asdict(run), "steps": steps, "labeled": labeled, "tail": tail}
     (root / "runs").mkdir(exist_ok=True)
     file = root / "runs" / f"{run.name}.json"
     file.write_text(json.dumps({**content, "foundation": str(foundation), "rows": rows}))
 
 
-def tail_class(trainer: Any, labeled: list[str]) -> str:
-    """The class with the fewest voxels in the labelled cases."""
+def tail_class(trainer: Any, cases: list[str]) -> str:
+    """The class with the fewest voxels in the cases."""
     import numpy as np
 
     names = {value: name for name, value in trainer.dataset_json["labels"].items() if value}
     counts = dict.fromkeys(names, 0)
-    data = trainer.dataset_class(trainer.preprocessed_dataset_folder, labeled)
-    for case in labeled:
+    data = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
+    for case in cases:
         segmentation = np.asarray(data.load_case(case)[1][:])
         for value in names:
             counts[value] += int((segmentation == value).sum())
@@ -149,30 +150,37 @@ def collect(root: Path, tasks: list[str], folds: list[int], seeds: list[int]) ->
 
 
 def measure_costs(task: str) -> None:
-    """Seconds per step of every method as a ratio to the control's, in one process, interleaved; medians."""
-    steps: dict[str, list[float]] = {method: [] for method in METHODS}
-    trainers = {}
-    for method in METHODS:
-        trainers[method] = make_trainer(run_of(task, method, 0, 0), 600, 10, None)
-        trainers[method].on_train_start()
-        trainers[method].on_epoch_start()
-        trainers[method].on_train_epoch_start()
+    """Seconds per step of every method, interleaved in one process; medians, and ratios to two controls.
+
+    One control has the batch of the plans, the other as many patches as the method.
+    """
+    made = {method: make_trainer(run_of(task, method, 0, 0), 600, 10, None) for method in METHODS}
+    made["control+"] = make_trainer(run_of(task, "control", 0, 0), 600, 10, None)
+    patches = {}
+    for method, trainer in made.items():
+        trainer.initialize()
+        patches[method] = trainer.batch_size + (trainer.batch_size // 2 if method in ("pic", "full") else 0)
+        if method == "control+":
+            patches[method] = trainer.batch_size = trainer.batch_size + trainer.batch_size // 2
+        trainer.on_train_start()
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+    steps: dict[str, list[float]] = {method: [] for method in made}
     for index in range(NUM_WARM + NUM_TIMED):
-        for method, trainer in trainers.items():
+        for method, trainer in made.items():
             batch = next(trainer.dataloader_train)
             start = time.perf_counter()
             trainer.train_step(batch)
             if index >= NUM_WARM:
                 steps[method].append(time.perf_counter() - start)
-    control = statistics.median(steps["control"])
-    print(
-        f"| {task} | patches per step | seconds | against control | per patch, against control |\n|---|---|---|---|---|"
-    )
-    for method, trainer in trainers.items():
-        patches = trainer.batch_size + (trainer.num_mixes if method in ("pic", "full") else 0)
-        seconds = statistics.median(steps[method])
-        ratios = (seconds / control, seconds / control * trainers["control"].batch_size / patches)
-        print(f"| {NAMES[method]} | {patches} | {seconds:.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+    seconds = {method: statistics.median(values) for method, values in steps.items()}
+    of_control = {patches[method]: seconds[method] for method in ("control", "control+")}
+    print(f"| {task} | patches per step | seconds | to the control | to a control with as many patches |")
+    print("|---|---|---|---|---|")
+    for method in made:
+        ratios = (seconds[method] / seconds["control"], seconds[method] / of_control[patches[method]])
+        name = NAMES.get(method, "control, larger batch")
+        print(f"| {name} | {patches[method]} | {seconds[method]:.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
 
 
 def start(root: Path, run: Run, args: argparse.Namespace) -> None:

@@ -37,10 +37,13 @@ class UnlabeledImages:
         self.identifiers = list(self._source)
 
     def load_case(self, case: str) -> tuple[Any, Any, None, dict[str, Any]]:
-        """Image [C, *S]; a segmentation [1, *S] that says nothing; no previous stage; no places of classes."""
-        image = self._source[case].load_case(case)[0]
-        nothing = np.broadcast_to(np.int16(OUTSIDE), (1, *image.shape[1:]))
-        return image, nothing, None, {"class_locations": {}}
+        """Image [C, *S]; of the segmentation [1, *S] only where the image ends; nothing else.
+
+        Stock transforms need to know where the image ends if it was normalised inside that mask.
+        """
+        image, segmentation, _, _ = self._source[case].load_case(case)
+        outside = np.where(segmentation[:] < 0, OUTSIDE, 0).astype(np.int16)
+        return image, outside, None, {"class_locations": {}}
 
 
 class SemiSupervisedLoader(SlimDataLoaderBase):
@@ -65,9 +68,13 @@ class SemiSupervisedLoader(SlimDataLoaderBase):
         super().__init__(None, num_labeled + num_unlabeled, 1)
         first = 1 if labeled.patch_size_was_2d else 0
         self.labeled = labeled
-        labeled.batch_size = num_labeled
-        # stock nnU-Net oversamples the foreground in the last third of a batch, which may be none of a small one
+        # stock nnU-Net oversamples the foreground in the last third of a batch, rounded; half of a batch gets the same
+        # share, by chance
+        if labeled.get_do_oversample != labeled._probabilistic_oversampling:
+            forced = sum(labeled.get_do_oversample(sample) for sample in range(labeled.batch_size))
+            labeled.oversample_foreground_percent = forced / labeled.batch_size
         labeled.get_do_oversample = labeled._probabilistic_oversampling
+        labeled.batch_size = num_labeled
         self.unlabeled = nnUNetDataLoader(
             images,
             num_unlabeled,

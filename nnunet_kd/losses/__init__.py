@@ -18,8 +18,9 @@ from nnunet_kd.losses.pseudo_labels import PseudoLabelLoss
 from nnunet_kd.losses.relations import AffinityLoss, IntraClassLoss
 from nnunet_kd.losses.wavelet import WaveletDetailLoss
 
-__all__ = ["LOSSES", "build_loss"]
+__all__ = ["LOSSES", "NEED_TARGET", "build_loss"]
 
+NEED_TARGET = ("class_masked", "intra_class")  # losses on features that ask which voxels form a class
 LOSSES: dict[str, dict[str, type[nn.Module]]] = {
     "logits": {
         "kl": KullbackLeiblerLoss,

@@ -16,8 +16,8 @@ def schedule_weight(
 
     Args:
         kind: "constant" is 1 throughout. "linear" and "cosine" (half a period) rise from 0 at ``start`` to 1 at
-            ``warmup``. "gaussian" is exp(-5 (1 - x)^2) between the two, which starts at 0.007 (Laine and Aila, ICLR
-            2017, arXiv 1610.02242).
+            ``warmup``. "gaussian" is exp(-5 (1 - x)^2) between the two, from 0.007 right after ``start`` (Laine and
+            Aila, ICLR 2017, arXiv 1610.02242).
         progress: Fraction of the training that is done, in [0, 1].
         warmup: Fraction of the training at which the ramp ends.
         start: Fraction of the training at which the ramp begins.

@@ -95,6 +95,8 @@ def check_ranges(settings: Settings) -> None:
     for name, teacher in settings.teachers.items():
         if not 0 <= teacher.decay < 1:
             raise SettingsError(f"'teachers.{name}.decay' is {teacher.decay}; it must be at least 0 and less than 1.")
+        if teacher.foundation.sha256 is not None and teacher.foundation.weights is None:
+            raise SettingsError(f"'teachers.{name}.foundation.sha256' is that of a file, but 'weights' names none.")
         for key in ("slices", "size"):
             if getattr(teacher.foundation, key) <= 0:
                 raise SettingsError(

@@ -50,7 +50,7 @@ class Student:
 class BatchTeacher(ABC):
     """Turns a student's batches into targets.
 
-    Construction reads plans only and finds every mismatch; :meth:`load` reads the weights. It is no nn.Module, so it
+    Construction finds every mismatch; :meth:`load` makes it ready to teach on a device. It is no nn.Module, so it
     can end up neither in the student's checkpoint nor in its DDP wrapper.
 
     Attributes:
@@ -60,7 +60,7 @@ class BatchTeacher(ABC):
         always_projects: Whether a projector stands between features of equal width, too.
         files: The files of its weights.
         training_cases: Per dataset, the cases that it has seen.
-        leaked_cases: Validation cases of its student among these.
+        leaked_cases: Cases among these whose labels its student must not know.
         precision_note: A sentence about its precision, once that is decided; or nothing.
     """
 
@@ -101,7 +101,7 @@ class BatchTeacher(ABC):
         levels: Sequence[str],
         tasks: Collection[str],
         compile_network: bool,
-        validation_cases: Sequence[str],
+        hidden_cases: Sequence[str],
     ) -> None:
         """Read the weights to ``device`` and refuse leakage.
 
@@ -110,11 +110,12 @@ class BatchTeacher(ABC):
             levels: Levels whose features are wanted.
             tasks: All tasks that will ever be wanted.
             compile_network: Whether to compile the forward pass.
-            validation_cases: Cases of the student's dataset that it may not have seen.
+            hidden_cases: Cases of the student's dataset whose labels it may not know: those of validation, and those
+                of training that are unlabelled to the student.
 
         Raises:
             TeacherError: A file is broken, or does not fit.
-            LeakageError: It was trained on validation cases of the student.
+            LeakageError: It was trained on such cases.
         """
 
     @abstractmethod

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_kd.errors import SettingsError, TeacherError
-from nnunet_kd.networks.taps import check_unet
 from nnunet_kd.settings import Teacher as TeacherSettings
 from nnunet_kd.settings import Term
 from nnunet_kd.spaces.labels import match_label_spaces
@@ -69,16 +68,20 @@ class EMATeacher(BatchTeacher):
         levels: Sequence[str],
         tasks: Collection[str],
         compile_network: bool,
-        validation_cases: Sequence[str],
+        hidden_cases: Sequence[str],
     ) -> None:
         """There are no weights before training starts."""
-        del device, levels, tasks, validation_cases
+        del device, levels, tasks, hidden_cases
         self._compile = compile_network
 
     def follow(self, network: nn.Module) -> None:
         """Start from the student's weights."""
-        check_unet(network)
         average: Any = copy.deepcopy(network).eval().requires_grad_(False)
+        if not hasattr(getattr(average, "decoder", None), "deep_supervision"):
+            raise NotImplementedError(
+                f"Teacher '{self.name}' is a moving average, which is not supported of a {type(network).__name__}: its "
+                f"deep supervision cannot be switched off as in nnU-Net's networks."
+            )
         average.decoder.deep_supervision = False
         self._student, self.network = network, average
         self._forward = torch.compile(average) if self._compile else average

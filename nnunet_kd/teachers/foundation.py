@@ -1,7 +1,7 @@
 """A vision foundation model (DINOv3, DINOv2, any of timm) as a frozen teacher of features.
 
 Established (arXiv 2602.07819): a frozen DINOv3 encoder and the mean squared error of features of length 1, which is
-2 - 2 cos. Which slices, sizes and intensities: our design (``docs`` in the README say so).
+2 - 2 cos. Which slices, sizes, intensities and level, and the common grid: our design.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from nnunet_kd.errors import SettingsError
+from nnunet_kd.losses import NEED_TARGET
 from nnunet_kd.settings import Teacher as TeacherSettings
 from nnunet_kd.settings import Term
 from nnunet_kd.teachers.base import BatchTeacher, Student
-from nnunet_kd.teachers.foundation_model import build_foundation
+from nnunet_kd.teachers.foundation_model import DEFAULT_MODEL, build_foundation
 from nnunet_kd.teachers.output import TeacherOutput
 from nnunet_kd.teachers.precision import choose_bf16, cpu_has_bf16
 from nnunet_kd.teachers.slices import Slices, coarsest_axis
 
-DEFAULT_MODEL = "vit_small_patch16_dinov3"
 SEEN = "num_natural"  # key of a batch: how many of its first samples are natural images, not mixed ones
 SLICE_PERCENTILES = (0.01, 0.99)
 SMALLEST_RANGE = 1e-6
@@ -63,6 +63,12 @@ class FoundationTeacher(BatchTeacher):
                 f"'{where}.on' is '{term.on}', but teacher '{self.name}' is a foundation model, which teaches features "
                 f"only. Set it to 'features' and name 'levels', for example [\"encoder@1/16\"]."
             )
+        if term.loss in NEED_TARGET or term.foreground_only:
+            what = "foreground_only" if term.foreground_only else f"loss' = '{term.loss}"
+            raise SettingsError(
+                f"'{where}.{what}' asks which voxels belong to a class, and teacher '{self.name}' knows no classes. "
+                f"Use 'cosine' or 'mse' on all patches."
+            )
         if "mixed" in term.samples:
             raise SettingsError(
                 f"'{where}.samples' has 'mixed', but teacher '{self.name}' sees natural images only. Remove it."
@@ -78,10 +84,10 @@ class FoundationTeacher(BatchTeacher):
         levels: Sequence[str],
         tasks: Collection[str],
         compile_network: bool,
-        validation_cases: Sequence[str],
+        hidden_cases: Sequence[str],
     ) -> None:
         """Move the model to ``device``; it has seen none of the student's cases that anybody knows of."""
-        del tasks, validation_cases
+        del tasks, hidden_cases
         self.levels = tuple(levels)
         network = self.model.network.to(device)
         self.network = torch.compile(network) if compile_network else network

@@ -15,6 +15,7 @@ from nnunet_kd.errors import TeacherError
 from nnunet_kd.settings import Foundation
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DEFAULT_MODEL = "vit_small_patch16_dinov3"
 READ_BYTES = 1 << 20
 CNN_MULTIPLE = 32  # stride of the last features of timm's convolutional networks
 
@@ -64,7 +65,8 @@ def build_foundation(name: str, settings: Foundation) -> FoundationModel:
         TeacherError: An unknown name, no weights to be had, or a file that is not what it should be.
     """
     with torch.random.fork_rng(devices=[]):  # a student starts from the weights of its control
-        model = _own_module(name, settings) if ":" in name else _timm_model(name, settings)
+        is_own = ":" in name and "/" not in name  # not a name on a hub, hf_hub:timm/...
+        model = _own_module(name, settings) if is_own else _timm_model(name, settings)
     model.network.eval().requires_grad_(False)
     return model
 
@@ -81,7 +83,10 @@ def _own_module(name: str, settings: Foundation) -> FoundationModel:
     if not isinstance(network, nn.Module):
         raise TeacherError(f"'{name}' returned a {type(network).__name__}, but a foundation model is a torch module.")
     if settings.weights is not None:
-        _load_weights(network, _checked_file(settings))
+        try:
+            network.load_state_dict(_read_weights(_checked_file(settings)))
+        except RuntimeError as error:
+            raise TeacherError(f"{settings.weights} does not fit '{name}': {_first_line(error)}") from error
     multiple = int(getattr(network, "multiple", 1))
     with torch.no_grad():
         tokens = network.eval()(torch.zeros(1, 3, max(multiple, 32), max(multiple, 32)))
@@ -89,20 +94,26 @@ def _own_module(name: str, settings: Foundation) -> FoundationModel:
         shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TeacherError(f"'{name}' returned {shape}, but a foundation model returns a map [N, C, h, w].")
     mean, std = (tuple(getattr(network, key, default)) for key, default in _COLOURS.items())
-    return FoundationModel(network, tokens.shape[1], multiple, mean, std, f"{name}, weights as it made them")
+    origin = "weights as it made them" if settings.weights is None else f"weights of {settings.weights}"
+    return FoundationModel(network, tokens.shape[1], multiple, mean, std, f"{name}, {origin}")
 
 
 _COLOURS = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 def _timm_model(name: str, settings: Foundation) -> FoundationModel:
+    if "/" in name:
+        raise TeacherError(
+            f"'{name}' is a name on a hub. Give timm's name of the model, for example '{DEFAULT_MODEL}'."
+        )
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         alike = timm.list_models(f"*{architecture.partition('_')[0]}*dino*") or timm.list_models("*dino*")
         raise TeacherError(f"timm has no model '{name}'. For example: {', '.join(alike[:6])}; all: timm.list_models().")
     options: dict[str, Any] = {}  # with its own number of classes: else timm accepts weights that are not the model's
     if settings.weights is not None:
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(_checked_file(settings))}}
+        weights = _read_weights(_checked_file(settings))
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
         note = f"weights of {settings.weights}"
     else:
         options["pretrained"] = settings.pretrained
@@ -111,7 +122,7 @@ def _timm_model(name: str, settings: Foundation) -> FoundationModel:
         model = _create(name, options)
     except Exception as error:
         if not options["pretrained"]:
-            raise
+            raise TeacherError(f"timm cannot make '{name}': {_first_line(error)}") from error
         raise TeacherError(_no_weights(name, settings, error)) from error
     config = model.pretrained_cfg
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
@@ -130,7 +141,7 @@ def _create(name: str, options: dict[str, Any]) -> Any:
 
 def _no_weights(name: str, settings: Foundation, error: Exception) -> str:
     """What to do where weights cannot be fetched or read."""
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    reason = _first_line(error)
     if settings.weights is not None:
         return (
             f"{settings.weights} holds no weights of timm's '{name}' ({reason}). Give a safetensors file or a state "
@@ -167,8 +178,17 @@ def _checked_file(settings: Foundation) -> Path:
     return file
 
 
-def _load_weights(network: nn.Module, file: Path) -> None:
+def _read_weights(file: Path) -> dict[str, Any]:
+    """A state dict from safetensors or torch's format; nothing in the file is run."""
     try:
-        network.load_state_dict(timm.models.load_state_dict(str(file), weights_only=True))
+        weights: dict[str, Any] = timm.models.load_state_dict(str(file), weights_only=True)
     except Exception as error:
-        raise TeacherError(f"{file} does not fit the foundation model: {str(error).splitlines()[0]}") from error
+        raise TeacherError(
+            f"{file} cannot be read as weights ({_first_line(error)}). Give a safetensors file or a state dict that "
+            f"torch.load reads with weights_only=True."
+        ) from error
+    return weights
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

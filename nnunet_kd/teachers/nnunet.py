@@ -271,13 +271,13 @@ class NNUNetTeacher(BatchTeacher):
         levels: Sequence[str],
         tasks: Collection[str],
         compile_network: bool,
-        validation_cases: Sequence[str],
+        hidden_cases: Sequence[str],
     ) -> None:
         """Read the weights of every fold, see :meth:`BatchTeacher.load`."""
         for file in self.files:
             checkpoint = load_checkpoint(file)
             self.check_checkpoint(file, checkpoint)
-            self._check_leakage(file, checkpoint, set(validation_cases))
+            self._check_leakage(file, checkpoint, set(hidden_cases))
             network = self.build_network()
             try:
                 network.load_state_dict(checkpoint["network_weights"])
@@ -305,17 +305,18 @@ class NNUNetTeacher(BatchTeacher):
                 f'images. Give it "kind": "class_average" in the settings.'
             )
 
-    def _check_leakage(self, file: Path, checkpoint: dict[str, Any], validation_cases: set[str]) -> None:
+    def _check_leakage(self, file: Path, checkpoint: dict[str, Any], hidden_cases: set[str]) -> None:
         training_cases = self._training_cases(file, checkpoint)
         for dataset, cases in training_cases.items():
             self.training_cases.setdefault(dataset, set()).update(cases)
-        seen = sorted(validation_cases & training_cases.get(self.student.dataset, set()))
+        seen = sorted(hidden_cases & training_cases.get(self.student.dataset, set()))
         if seen and not self.settings.allow_leakage:
             raise LeakageError(
-                f"Teacher '{self.name}' ({file}) was trained on {len(seen)} validation cases of {self.student.dataset} "
-                f"fold {self.student.fold}, for example {', '.join(seen[:3])}. Use the teacher's fold "
-                f'{self.student.fold} ("fold": "same"), or set "allow_leakage": true, which is recorded with the '
-                f"results."
+                f"Teacher '{self.name}' ({file}) was trained on {len(seen)} cases of {self.student.dataset} that are "
+                f"validation cases of fold {self.student.fold}, or unlabelled to this student, for example "
+                f'{", ".join(seen[:3])}. Use the teacher\'s fold {self.student.fold} ("fold": "same") and, with '
+                f"'labeled', a teacher that was trained with the same; or set \"allow_leakage\": true, which is "
+                f"recorded with the results."
             )
         self.leaked_cases = sorted({*self.leaked_cases, *seen})
 

@@ -10,9 +10,9 @@ L = L_supervised(labelled) + ramp * [L_consistency(unlabelled) + L_mix(mixed)] +
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -26,23 +26,10 @@ from nnunet_kd.networks.multitask import planned_heads
 from nnunet_kd.settings import Settings, check_types, merge
 from nnunet_kd.spaces.labels import LabelSpace
 from nnunet_kd.teachers.ema import EMATeacher
+from nnunet_kd.training.dino_mix_terms import check_terms, terms_of
 from nnunet_kd.training.distillation import DistillationLoss
 from nnunet_kd.training.semi_batch import SemiSupervisedBatch, SupervisedPart
 from nnunet_kd.training.student import nnUNetTrainerKDStudent
-
-NATURAL: list[Literal["labeled", "unlabeled", "mixed"]] = ["labeled", "unlabeled"]
-RAMP = {"kind": "gaussian", "warmup": 1.0}
-CONSISTENCY = {"teacher": "ema", "on": "logits", "loss": "pseudo_label", "samples": ["unlabeled"], "schedule": RAMP}
-CUTMIX = {**CONSISTENCY, "samples": ["mixed"]}
-FOUNDATION = {
-    "teacher": "foundation",
-    "on": "features",
-    "loss": "cosine",  # 1 - cos is half of the squared error of features of length 1
-    "levels": ["encoder@1/16"],
-    "samples": NATURAL,
-    "weight": 1.0,
-    "schedule": {"kind": "linear", "warmup": 0.1, "final": 0.2},
-}
 
 
 class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
@@ -58,13 +45,7 @@ class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
     def method_preset(self, given: dict[str, Any]) -> dict[str, Any]:
         """The terms of the parts that are switched on."""
         parts = check_types({"dino_mix": given.get("dino_mix", {})}).dino_mix
-        pseudo_label = {"options": {"confidence": parts.confidence}}
-        terms = [
-            merge(CONSISTENCY, pseudo_label) if parts.consistency else None,
-            merge(CUTMIX, pseudo_label) if parts.cutmix else None,
-            FOUNDATION if parts.foundation else None,
-        ]
-        return merge(self.preset, {"terms": [term for term in terms if term is not None]})
+        return merge(self.preset, {"terms": terms_of(parts)})
 
     def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
         """Refuse what has no meaning here."""
@@ -90,23 +71,12 @@ class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
                 "'guard' compares teachers with their student by labels, which unlabelled samples do not have. Remove "
                 "it from the settings."
             )
-        kinds = {name: teacher.kind for name, teacher in settings.teachers.items()}
-        if "class_average" in (kinds[term.teacher] for term in settings.terms):
-            raise NotImplementedError(
-                "A class-average teacher needs the labels of all samples, which DINO-Mix does not have. Use "
-                "-tr nnUNetTrainerSIKDStudent, or remove its terms."
-            )
-        terms = [
-            replace(term, samples=NATURAL) if kinds[term.teacher] == "foundation" and not term.samples else term
-            for term in settings.terms
-        ]
-        return replace(settings, terms=terms)
+        return replace(settings, terms=check_terms(settings))
 
     # ---- set-up -----------------------------------------------------------------------------------------------------
 
-    def initialize(self) -> None:
-        """Initialise as the student does; then the batch has to hold labelled and unlabelled samples."""
-        super().initialize()
+    def _divide_batch(self) -> None:
+        """The batch has to hold labelled and unlabelled samples."""
         asked = self.settings.dino_mix.unlabeled_per_batch
         self.num_unlabeled = self.batch_size // 2 if asked is None else asked
         self.num_labeled = self.batch_size - self.num_unlabeled
@@ -129,8 +99,8 @@ class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
         self.transductive_cases = sorted(transductive)
         known = set(labeled)
         cases = [*(case for case in training if case not in known), *self.transductive_cases]
-        self.seen_cases[member.name].update(cases)
         images = UnlabeledImages(member, cases)
+        self.seen_cases[member.name].update(images.identifiers)
         if not images.identifiers:
             raise SettingsError(
                 f"There are no unlabelled images of {member.name}. Add some: nnUNetKD_add_unlabeled -d "
@@ -152,6 +122,7 @@ class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Stock loaders; that of training also draws unlabelled images."""
+        self._divide_batch()
         images, processes = self._unlabeled_images(), get_allowed_n_proc_DA()
         with environment({"nnUNet_n_proc_DA": "0"}):  # stock nnU-Net then returns the bare loaders
             labeled, validation = (augmenter.data_loader for augmenter in super().get_dataloaders())
@@ -221,10 +192,16 @@ class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
         finally:
             network.load_state_dict(own)
 
-    def validation_step(self, batch: dict) -> dict:
-        """Stock validation step of the network that predicts."""
-        with self._predicting_weights():
-            return super().validation_step(batch)
+    def on_validation_epoch_start(self) -> None:
+        """Validate the network that predicts."""
+        super().on_validation_epoch_start()
+        self._validated = ExitStack()
+        self._validated.enter_context(self._predicting_weights())
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """Go on with the student."""
+        self._validated.close()
+        super().on_validation_epoch_end(val_outputs)
 
     def save_checkpoint(self, filename: str) -> None:
         """Write the network that predicts; the student goes beside it."""

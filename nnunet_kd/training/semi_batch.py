@@ -120,7 +120,8 @@ def _all_levels(levels: Sequence[Tensor], added: Tensor, num_labeled: int) -> li
 def strong_views(images: Tensor) -> Tensor:
     """Other brightness, contrast and noise, in addition to the augmentation that made ``images`` [B, C, *S].
 
-    The operations are those of batchgeneratorsv2, whose transforms wait for the device at every sample.
+    Voxels of 0 stay 0: that is what nnU-Net's masks and padding leave outside an image. The operations are those of
+    batchgeneratorsv2, whose transforms wait for the device at every sample.
     """
     one_each = (*images.shape[:2], *[1] * (images.ndim - 2))
 
@@ -129,4 +130,5 @@ def strong_views(images: Tensor) -> Tensor:
 
     mean = images.mean(tuple(range(2, images.ndim)), keepdim=True)
     contrast = (images - mean) * drawn(CONTRAST) + mean
-    return contrast * drawn(BRIGHTNESS) + drawn(NOISE) * torch.randn_like(images)
+    views = contrast * drawn(BRIGHTNESS) + drawn(NOISE) * torch.randn_like(images)
+    return views.masked_fill(images == 0, 0)

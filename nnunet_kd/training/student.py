@@ -224,13 +224,15 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         training_cases, validation_cases = self.do_split()
         if self.fold == "all":
             validation_cases = []  # there are none that training leaves out
+        known = {*training_cases, *validation_cases}
+        hidden_cases = [case for case in self.fold_split()[0] if case not in known]  # their labels are not to be used
         self.loss: Any = self._distillation_loss(self.loss)
         asked = self.loss.asked()
         self.leaked_cases: dict[str, list[str]] = {}
         self.seen_cases = {self.plans_manager.dataset_name: set(training_cases)}
         for name, teacher in self.teachers.items():
             levels = _levels(self._terms_of(name))
-            teacher.load(self.device, levels, asked[name], self._do_i_compile(), validation_cases)
+            teacher.load(self.device, levels, asked[name], self._do_i_compile(), [*validation_cases, *hidden_cases])
             for dataset, cases in teacher.training_cases.items():
                 self.seen_cases.setdefault(dataset, set()).update(cases)
             self.leaked_cases[name] = teacher.leaked_cases
@@ -275,8 +277,8 @@ class nnUNetTrainerKDStudent(TaskTrainer):
             )
         if teacher.leaked_cases:
             self.print_to_log_file(
-                f"WARNING: LEAKAGE ACCEPTED. Teacher '{name}' was trained on {len(teacher.leaked_cases)} validation "
-                f"cases of this fold; the validation results of this student are contaminated.",
+                f"WARNING: LEAKAGE ACCEPTED. Teacher '{name}' was trained on {len(teacher.leaked_cases)} cases of this "
+                f"fold whose labels its student must not know; the results of this student are contaminated.",
                 add_timestamp=False,
             )
 

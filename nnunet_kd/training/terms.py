@@ -8,12 +8,12 @@ from typing import Any
 
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import SettingsError
+from nnunet_kd.losses import NEED_TARGET
 from nnunet_kd.settings import Term
 from nnunet_kd.tasks.detection_plan import DetectionPlan
 from nnunet_kd.teachers.output import task_names
 
 TASK_OF = {"logits": "segmentation", "classification": "classification", "boxes": "detection"}
-NEED_TARGET = ("class_masked", "intra_class")  # losses on features that ask which voxels form a class
 
 
 def default_terms(tasks: Tasks) -> list[dict[str, Any]]:
@@ -85,6 +85,12 @@ def check_samples(terms: Sequence[Term], available: Sequence[str]) -> None:
             raise SettingsError(
                 f"'terms[{index}].samples' leaves out 'unlabeled' between 'labeled' and 'mixed'. Make two terms of it."
             )
+
+
+def reads_target(term: Term) -> bool:
+    """Whether the term asks which class a voxel has."""
+    by_class = term.options.get("balance") == "class" or term.options.get("agreement", False)
+    return term.loss in (*NEED_TARGET, "dkd") or term.foreground_only or by_class
 
 
 def is_imitation(term: Term) -> bool:

@@ -262,7 +262,7 @@ def test_named_teacher_that_is_not_trained(trained: Any) -> None:
 def test_teacher_of_another_fold_leaks(trained: Any) -> None:
     settings = {"teachers": {"joint": {"model": MODEL, "fold": 0}}, "training": ONE_STEP}
     output = last_error(trained.train(1, "Student", fold=4, settings=settings, check=False))
-    assert f"was trained on 1 validation cases of {ALPHA} fold 4" in output
+    assert f"was trained on 1 cases of {ALPHA} that are validation cases of fold 4" in output
     assert '"allow_leakage": true' in output
 
 
@@ -270,7 +270,7 @@ def test_leak_is_found_without_the_students_splits_file(copied: Any) -> None:
     (copied.preprocessed / ALPHA / "splits_final.json").unlink()
     settings = {"teachers": {"joint": {"model": MODEL, "fold": 0}}, "training": ONE_STEP}
     output = last_error(copied.train(1, "Student", fold=4, settings=settings, check=False))
-    assert f"was trained on 1 validation cases of {ALPHA} fold 4" in output
+    assert f"was trained on 1 cases of {ALPHA} that are validation cases of fold 4" in output
 
 
 def test_several_joint_datasets_fit(copied: Any) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,13 @@ SETTINGS: dict[str, Any] = {
     "training": SHORT,
     "labeled": {"fraction": 0.5},
     "teachers": {"foundation": TINY_VIT},
+}
+NO_EMA = {"consistency": False, "cutmix": False}
+MIXED = {"teacher": "ema", "loss": "pseudo_label", "samples": ["mixed"], "options": {"confidence": 0.7}}
+FEATURES = {"teacher": "foundation", "on": "features", "loss": "cosine", "levels": ["bottleneck"]}
+TWO_AVERAGES = {
+    "teachers": {"ema2": {"kind": "ema"}},
+    "terms": [{"teacher": name, "loss": "pseudo_label", "samples": ["mixed"]} for name in ("ema", "ema2")],
 }
 SHAPE = {
     "teachers": {"shape": {"kind": "class_average", "model": "x"}},
@@ -113,7 +121,7 @@ def spoil_labels(world: Any, dataset: str, cases: list[str], places_too: bool) -
             properties["class_locations"] = {1: properties["class_locations"][1][:1] * 0}
         (folder / f"{case}_seg.b2nd").unlink()
         (folder / f"{case}.b2nd").unlink()
-        data.save_case(image, 1 - labels.clip(0), properties, str(folder / case))
+        data.save_case(image, np.where(labels < 0, labels, 1 - labels.clip(0)), properties, str(folder / case))
 
 
 @pytest.mark.parametrize("trainer", ["nnUNetTrainerKDControl", "nnUNetTrainerDINOMix"])
@@ -182,6 +190,48 @@ def test_the_average_can_be_the_network_that_predicts_and_training_goes_on(plann
     assert re.findall(r"Mean Validation Dice:\s+(\S+)", again) == dice
 
 
+def test_with_worker_processes(planned: Any, tmp_path: Path) -> None:
+    copied = planned.copy(tmp_path)
+    output = copied.run(*train_command(1), settings=SETTINGS, nnUNet_n_proc_DA="2")
+    assert all(max(logged(output, term)) > 0 for term in TERMS)
+
+
+def test_images_that_were_normalised_inside_a_mask_are_not_blanked(planned: Any, tmp_path: Path) -> None:
+    """Stock augmentation sets to 0 what its segmentation calls outside."""
+    copied = planned.copy(tmp_path)
+    with_plans(copied, lambda configuration: configuration.update(use_mask_for_norm=[True]))
+    loader = copied.preprocessed / "means.json"
+    probe = tmp_path / "Probe.py"
+    probe.write_text(PROBE.format(file=str(loader)))
+    copied.run(*train_command(1, "-p", "Other", trainer="Probe"), settings=SETTINGS, nnUNet_extTrainer=str(tmp_path))
+    labeled, unlabeled = json.loads(loader.read_text())
+    assert 0.5 < unlabeled / labeled < 2
+
+
+PROBE = """
+import json
+from nnunet_kd.training.dino_mix import nnUNetTrainerDINOMix
+
+class Probe(nnUNetTrainerDINOMix):
+    def train_step(self, batch):
+        sizes = batch["data"].abs().mean((1, 2, 3, 4)).tolist()
+        json.dump([sizes[0], sizes[-1]], open({file!r}, "w"))
+        return super().train_step(batch)
+"""
+
+
+def test_a_teacher_that_knows_the_labels_of_unlabelled_cases_is_refused(planned: Any, tmp_path: Path) -> None:
+    copied = planned.copy(tmp_path)
+    budget = {"training": SHORT}
+    train(copied, 1, settings=budget, trainer="nnUNetTrainerSIKDTeacher")
+    few = {**budget, "labeled": {"fraction": 0.5}}
+    refused = train(copied, 1, settings=few, trainer="nnUNetTrainerSIKDStudent", check=False)
+    assert "was trained on 2 cases of Dataset001_Alpha that are validation cases of fold 0, or unlabelled" in refused
+    shutil.rmtree(copied.results / ALPHA)
+    train(copied, 1, settings=few, trainer="nnUNetTrainerSIKDTeacher")
+    train(copied, 1, settings=few, trainer="nnUNetTrainerSIKDStudent")
+
+
 def test_2d(planned: Any, tmp_path: Path) -> None:
     copied = planned.copy(tmp_path)
     copied.run("nnUNetv2_preprocess", "-d", "1", "-c", "2d", "-np", "1", nnUNet_n_proc_DA="1")
@@ -230,6 +280,13 @@ def test_parts_are_switched_off(planned: Any, tmp_path: Path, parts: dict[str, A
         ({"teachers": {"foundation": {**TINY_VIT, "model": "vit_17"}}}, "timm has no model 'vit_17'"),
         (SHAPE, "needs the labels of all samples"),
         ({"terms": [{"teacher": "ema", "samples": ["labeled", "mixed"]}]}, "leaves out 'unlabeled'"),
+        ({"dino_mix": {**NO_EMA, "predict_with": "ema"}}, "'dino_mix.predict_with' is 'ema', but no term"),
+        ({"dino_mix": {"cutmix": False}, "terms": [MIXED]}, "is the part 'cutmix' of DINO-Mix"),
+        ({"dino_mix": {"confidence": 0.6}, "terms": [MIXED]}, "options.confidence' is 0.7, but 'dino_mix.confidence'"),
+        ({"terms": [{**FEATURES, "samples": ["mixed"]}]}, "mixed by the pseudo labels of a moving average"),
+        ({"terms": [{**FEATURES, "foreground_only": True}]}, "asks for the class of voxels"),
+        (TWO_AVERAGES, "several moving"),
+        ({"teachers": {"foundation": {"foundation": {"sha256": "0"}}}}, "sha256' is that of a file"),
     ],
 )  # fmt: skip
 def test_bad_settings(world: Any, changed: dict[str, Any], message: str) -> None:

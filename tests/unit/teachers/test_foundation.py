@@ -90,6 +90,9 @@ def test_mixed_samples_are_not_seen() -> None:
     assert len(output.features["encoder@1/16"]) == len(output.slices.indices) == 3
     with pytest.raises(SettingsError, match="natural images only"):
         own.check_term(Term("foundation", "features", "cosine", levels=["bottleneck"], samples=["mixed"]), "terms[0]")
+    for changed in ({"loss": "class_masked"}, {"loss": "mse", "foreground_only": True}):
+        with pytest.raises(SettingsError, match="knows no classes"):
+            own.check_term(Term("foundation", "features", levels=["bottleneck"], **changed), "terms[0]")
     with pytest.raises(SettingsError, match="teaches features only"):
         own.check_term(Term("foundation", "logits", "kl"), "terms[0]")
 
@@ -138,6 +141,33 @@ def test_weights_of_a_local_file(kind: str, tmp_path: Path) -> None:
         build_foundation(TINY, Foundation(weights=str(tmp_path / "none")))
 
 
+class Malicious:
+    """What a file could do when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("it_ran"),)
+
+
+@pytest.mark.parametrize("name", [TINY, f"{__name__}:MeanColour"])
+def test_nothing_in_a_file_of_weights_is_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "model.pth"
+    torch.save({"state_dict": Malicious()}, file)
+    with pytest.raises(TeacherError, match=r"cannot be read as weights.*weights_only"):
+        build_foundation(name, Foundation(weights=str(file)))
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_weights_of_the_users_own_module(tmp_path: Path) -> None:
+    file = tmp_path / "model.pth"
+    torch.save({}, file)
+    built = build_foundation(f"{__name__}:MeanColour", Foundation(weights=str(file)))
+    assert f"weights of {file}" in built.note
+    torch.save({"other": torch.zeros(1)}, file)
+    with pytest.raises(TeacherError, match="does not fit"):
+        build_foundation(f"{__name__}:MeanColour", Foundation(weights=str(file)))
+
+
 def test_without_a_connection_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -166,6 +196,8 @@ def test_building_draws_no_random_numbers() -> None:
     ("name", "message"),
     [
         ("vit_small_patch17", "timm has no model.*vit_"),
+        ("vit_small_patch16_dinov3.nope", "timm cannot make"),
+        ("hf_hub:timm/vit_small_patch16_dinov3", "a name on a hub"),
         ("no_such_module:model", "cannot be made.*MODULE:FUNCTION"),
         (f"{__name__}:nothing", "cannot be made"),
         ("builtins:dict", "returned a dict"),

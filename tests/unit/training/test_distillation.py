@@ -129,6 +129,58 @@ def test_student_without_deep_supervision() -> None:
     torch.testing.assert_close(loss(output, target), output.mean() + kl(output, teacher, 2.0))
 
 
+GROUPS = {"labeled": slice(0, 2), "unlabeled": slice(2, 3), "mixed": slice(3, 5)}
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows"),
+    [
+        (["labeled"], (0, 1)),
+        (["unlabeled"], (2,)),
+        (["mixed"], (3, 4)),
+        (["unlabeled", "labeled"], (0, 1, 2)),
+        (["mixed", "unlabeled"], (2, 3, 4)),
+        ([], (0, 1, 2, 3, 4)),
+    ],
+)
+def test_a_term_compares_the_samples_that_it_names(samples: list[str], rows: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    features = {"on": "features", "loss": "mse", "levels": ["bottleneck"], "schedule": {"kind": "constant"}}
+    options = {"options": {"standardise": False}, "samples": samples}
+    loss = make_loss([term(samples=samples), {**features, **options}], levels=("bottleneck",))
+    outputs = [torch.randn(5, 3, size, size, requires_grad=True) for size in (8, 4, 2)]
+    targets = [torch.zeros(5, 1, size, size) for size in (8, 4, 2)]
+    own, other = torch.randn(5, 6, 2, 2, requires_grad=True), torch.randn(5, 6, 2, 2)
+    teacher = torch.randn(5, 3, 8, 8)
+    loss.supervised = Nothing()
+    loss.groups = GROUPS
+    loss.teacher_outputs["joint"] = TeacherOutput(teacher, {"bottleneck": other})
+    total = loss((outputs, [own]), targets)
+    chosen = list(rows)
+    expected = 0.75 * kl(outputs[0][chosen], teacher[chosen], 2.0)
+    expected = expected + 0.25 * kl(outputs[1][chosen], coarsened(teacher, 4)[chosen], 2.0)
+    torch.testing.assert_close(total, expected + (own[chosen] - other[chosen]).square().mean())
+    total.backward()
+    for moved in (outputs[0].grad, outputs[1].grad, own.grad):
+        assert moved is not None
+        assert moved.flatten(1).any(1).nonzero().flatten().tolist() == chosen
+
+
+class Nothing(nn.Module):
+    """No supervised loss."""
+
+    def forward(self, outputs: Any, target: Any) -> Tensor:
+        del outputs, target
+        return torch.zeros(())
+
+
+def test_a_batch_without_the_samples_of_a_term_leaves_it_out() -> None:
+    loss, outputs, targets = make_loss([term(samples=["mixed"])]), make_outputs(), make_targets()
+    loss.groups = {"labeled": slice(0, 1), "unlabeled": slice(1, 2)}
+    loss.teacher_outputs["joint"] = TeacherOutput(torch.randn(2, 3, 8, 8))
+    assert loss(outputs, targets) == outputs[0].mean()
+
+
 def test_gradient_reaches_every_level_that_has_a_weight() -> None:
     loss, outputs, targets = make_loss([term()]), make_outputs(), make_targets()
     loss.teacher_outputs["joint"] = TeacherOutput(torch.randn(2, 3, 8, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -72,6 +73,22 @@ def test_mixed_images_are_made_of_clean_ones() -> None:
     assert not {float(value) for value in made["data"][2:5].flatten()} & known  # strong views
 
 
+def test_classes_are_counted_in_labels_and_confident_pseudo_labels() -> None:
+    batch = make_batch(False)
+    logits = torch.zeros(3, 3, 8, 12)
+    logits[0, 1, :2] = 5  # probability 0.987
+    logits[1, 2, 0, :7] = 5
+    logits[2, 1] = 1  # 0.576: not sure
+    maker = SemiSupervisedBatch(LABELS, 2, DinoMix(curriculum="tail"))
+    maker(batch, logits, 1, 0.0)
+    known = [float((batch["target"][0][:2] == label).sum()) / 2 for label in (1, 2)]
+    counts = [known[0] + 24 / 3, known[1] + 7 / 3]
+    assert maker.frequencies.total.tolist() == pytest.approx(counts)
+    weights = [math.log(1 + max(counts) / count) for count in counts]
+    assert maker.probabilities is not None
+    assert maker.probabilities.tolist() == pytest.approx([weight / sum(weights) for weight in weights])
+
+
 def test_without_a_teacher_nothing_is_mixed() -> None:
     batch = make_batch(False)
     made, groups = SemiSupervisedBatch(LABELS, 2, DinoMix())(batch, None, 4, 0.5)
@@ -96,6 +113,14 @@ def test_strong_views_keep_what_is_where() -> None:
         assert 0.8 < correlation < 0.9999
     scales = views.flatten(2).std(2) / images.flatten(2).std(2)
     assert scales.flatten().unique().numel() == 6
+
+
+def test_what_lies_outside_an_image_stays_empty() -> None:
+    images = torch.randn(2, 1, 10, 10)
+    images[:, :, :3] = 0
+    views = strong_views(images)
+    assert not views[:, :, :3].any()
+    assert (views[:, :, 3:] != images[:, :, 3:]).all()
 
 
 def test_the_supervised_loss_sees_the_labelled_samples_only() -> None:
