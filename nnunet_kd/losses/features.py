@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import mse_loss, normalize
 
 from nnunet_kd.losses.base import FeatureLoss, require_flag, require_number
 from nnunet_kd.losses.voxels import (
@@ -35,6 +35,8 @@ class MeanSquaredErrorLoss(FeatureLoss):
         del target
         if self.standardise:
             student, teacher = standardise(student, valid), standardise(teacher, valid)
+        if valid is None:
+            return mse_loss(student, teacher)  # the same without a difference and a square as large as the features
         return masked_mean((student - teacher).square().mean(dim=1, keepdim=True), valid)
 
 
