@@ -1,7 +1,8 @@
 """A synthetic CT dataset of three organs whose voxels are as 100 to 10 to 1 (our design).
 
-All organs have the same intensity and differ in size, shape and place, so that a small one is found by its
-neighbourhood. It is data for class-imbalanced, semi-supervised segmentation; the demo's joint teacher does not use it.
+The small organ has the intensity of the middle one, and of things of its own size that are no organ, so that it is
+found by its neighbourhood. It is data for class-imbalanced, semi-supervised segmentation; the demo's joint teacher does
+not use it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from nnunet_kd.files import write_json
 DATASET = "Dataset974_DemoOrgans"
 SHAPE, SPACING_MM = (28, 52, 52), (3.0, 2.0, 2.0)
 LABELS = {"background": 0, "large": 1, "middle": 2, "small": 3}
-AIR, TISSUE, ORGAN, NOISE = -1000.0, 30.0, 90.0, 22.0
+AIR, TISSUE, NOISE = -1000.0, 30.0, 22.0
+INTENSITY = {"large": 80.0, "middle": 140.0, "small": 140.0}
 # centre and radii in mm, array order (z, y, x), before every case moves and scales them
 ORGANS = {
     "large": ((0.0, -4.0, -16.0), (22.0, 20.0, 19.0)),
@@ -58,11 +60,12 @@ def make_organs(random: np.random.Generator) -> tuple[NDArray[np.int16], NDArray
         place = (np.array(center) + random.normal(0, 1.0, 3)) * scaled + moved
         level = ellipsoid(grid, place, np.array(radii) * scaled * random.uniform(0.9, 1.1, 3))
         labels[(level + 0.08 * smooth_noise(SHAPE, SPACING_MM, 5.0, random) > 0) & (labels == 0)] = LABELS[name]
-    organ = labels > 0
-    for _ in range(DISTRACTORS):
-        place = random.uniform(-0.38, 0.38, 3) * extent
-        organ |= ellipsoid(grid, place, np.array(ORGANS["small"][1]) * random.uniform(0.9, 1.1, 3)) > 0
     image = np.full(SHAPE, AIR)
     image[body] = TISSUE
-    image[organ] = ORGAN
+    for _ in range(DISTRACTORS):
+        place = random.uniform(-0.38, 0.38, 3) * extent
+        thing = ellipsoid(grid, place, np.array(ORGANS["small"][1]) * random.uniform(0.9, 1.1, 3)) > 0
+        image[thing & (labels == 0)] = INTENSITY["small"]
+    for name, intensity in INTENSITY.items():
+        image[labels == LABELS[name]] = intensity
     return np.rint(image + random.normal(0, NOISE, SHAPE)).astype(np.int16), labels
