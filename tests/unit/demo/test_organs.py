@@ -23,9 +23,10 @@ def test_voxels_are_about_as_100_to_10_to_1() -> None:
 
 
 def test_the_small_organ_is_not_found_by_its_intensity() -> None:
-    image, labels = make_organs(np.random.default_rng(0))
+    cases = [make_organs(np.random.default_rng(index)) for index in range(20)]
+    image, labels = (np.stack(parts) for parts in zip(*cases, strict=True))
     means = {name: image[labels == value].mean() for name, value in LABELS.items()}
-    assert abs(means["middle"] - means["small"]) < 12
+    assert abs(means["middle"] - means["small"]) < 5
     assert abs(means["large"] - INTENSITY["large"]) < 3
     alike = (image > INTENSITY["small"] - 20) & (labels == 0)
     assert alike.sum() > (labels == LABELS["small"]).sum()
