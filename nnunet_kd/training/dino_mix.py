@@ -15,14 +15,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_kd.data.augmenters import augmenters
 from nnunet_kd.data.semi_supervised import SemiSupervisedLoader, UnlabeledImages
 from nnunet_kd.environment import environment
 from nnunet_kd.errors import SettingsError
-from nnunet_kd.networks.multitask import planned_heads
 from nnunet_kd.settings import Settings, check_types, merge
 from nnunet_kd.spaces.labels import LabelSpace
 from nnunet_kd.teachers.ema import EMATeacher
@@ -30,6 +28,7 @@ from nnunet_kd.training.dino_mix_terms import check_terms, terms_of
 from nnunet_kd.training.distillation import DistillationLoss
 from nnunet_kd.training.semi_batch import SemiSupervisedBatch, SupervisedPart
 from nnunet_kd.training.student import nnUNetTrainerKDStudent
+from nnunet_kd.training.task_trainer import need_plain_plans
 
 
 class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
@@ -49,17 +48,7 @@ class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
 
     def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
         """Refuse what has no meaning here."""
-        manager = PlansManager(plans).get_configuration(configuration)
-        if manager.previous_stage_name is not None:
-            raise NotImplementedError(
-                f"DINO-Mix is not supported in the second stage of a cascade ({configuration}): unlabelled images have "
-                f"no segmentation of the first stage. Train in 3d_lowres or 3d_fullres."
-            )
-        if planned_heads(manager.configuration["architecture"]) is not None:
-            raise NotImplementedError(
-                f"DINO-Mix trains segmentation only, but {plans['plans_name']} has heads for classes or boxes. Train "
-                f"on the stock plans (-p nnUNetPlans)."
-            )
+        need_plain_plans(plans, configuration, "DINO-Mix", "unlabelled images have no segmentation of the first stage")
         settings = super().resolve_settings(plans, configuration, fold)
         if not any(term.weight for term in settings.terms):
             raise SettingsError(

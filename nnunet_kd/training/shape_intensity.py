@@ -14,7 +14,6 @@ from torch import nn
 from nnunet_kd.data.labeled_cases import classes_of, foreground
 from nnunet_kd.data.member import Member
 from nnunet_kd.errors import SettingsError
-from nnunet_kd.networks.multitask import planned_heads
 from nnunet_kd.networks.skip_free import remove_skips
 from nnunet_kd.settings import (
     BLOCK,
@@ -29,6 +28,7 @@ from nnunet_kd.teachers.class_average import ClassAverage
 from nnunet_kd.teachers.nnunet import AVERAGES
 from nnunet_kd.training.base import KDTrainer
 from nnunet_kd.training.student import nnUNetTrainerKDStudent
+from nnunet_kd.training.task_trainer import need_plain_plans
 
 LAST_FEATURES = {"teacher": "shape", "on": "features", "loss": "mse", "levels": ["decoder@1"], "weight": 2.0}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -48,17 +48,7 @@ class nnUNetTrainerSIKDTeacher(KDTrainer):
         del fold
         layers = [without_terms(layer) for layer in (plans.get(BLOCK, {}), read_user_settings())]
         recipe = without_terms(RECIPES[resolve_settings(*layers).sikd.recipe])
-        manager = PlansManager(plans).get_configuration(configuration)
-        if manager.previous_stage_name is not None:
-            raise NotImplementedError(
-                f"SIKD is not supported in the second stage of a cascade ({configuration}), whose input is half a "
-                f"segmentation already. Train in 3d_lowres or 3d_fullres."
-            )
-        if planned_heads(manager.configuration["architecture"]) is not None:
-            raise SettingsError(
-                f"{plans['plans_name']} has heads for classes or boxes, which averaged images cannot teach. Train the "
-                f"SIKD teacher on the stock plans (-p nnUNetPlans)."
-            )
+        need_plain_plans(plans, configuration, "SIKD", "its input is half a segmentation already")
         return resolve_settings(recipe, *layers)
 
     @staticmethod

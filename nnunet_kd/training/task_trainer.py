@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import autocast, distributed, nn
 
 from nnunet_kd.data.augmenters import augmenters
@@ -234,6 +235,28 @@ class TaskTrainer(KDTrainer):
 
     def _curves(self) -> list[str]:
         return [] if self.tasks is None else TaskScores(self.tasks).names
+
+
+def need_plain_plans(plans: dict[str, Any], configuration: str, method: str, no_cascade: str) -> None:
+    """Raise NotImplementedError where a method of segmentation alone is given a cascade or heads for other tasks.
+
+    Args:
+        plans: Of the training.
+        configuration: Its configuration.
+        method: Its name, for the message.
+        no_cascade: Why it cannot be trained in the second stage of a cascade.
+    """
+    manager = PlansManager(plans).get_configuration(configuration)
+    if manager.previous_stage_name is not None:
+        raise NotImplementedError(
+            f"{method} is not supported in the second stage of a cascade ({configuration}): {no_cascade}. Train in "
+            f"3d_lowres or 3d_fullres."
+        )
+    if planned_heads(manager.configuration["architecture"]) is not None:
+        raise NotImplementedError(
+            f"{method} trains segmentation only, but {plans['plans_name']} has heads for classes or boxes. Train on "
+            f"the stock plans (-p nnUNetPlans)."
+        )
 
 
 def need_heads(plans: dict[str, Any], heads: Heads | None, declared: Tasks) -> None:

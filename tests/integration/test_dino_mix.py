@@ -326,3 +326,10 @@ def test_a_class_that_no_labelled_case_has(planned: Any, tmp_path: Path) -> None
     file.write_bytes(pickle.dumps({**properties, "class_locations": {1: []}}))
     output = train(copied, 1, settings={**SETTINGS, "labeled": [kept]}, check=False)
     assert "None of the 1 cases of Dataset001_Alpha that keep their labels has lesion" in output
+
+
+def test_plans_that_it_cannot_train(planned: Any, tmp_path: Path) -> None:
+    copied = planned.copy(tmp_path)
+    with_plans(copied, lambda configuration: configuration.update(previous_stage="3d_lowres"))
+    output = train(copied, 1, "-p", "Other", check=False)
+    assert "DINO-Mix is not supported in the second stage of a cascade (3d_fullres): unlabelled images" in output

@@ -243,4 +243,4 @@ def test_plans_with_heads_are_refused(copied: Any, write_side_files: Callable[[P
     (raw / "dataset.json").write_text(json.dumps({**dataset_json, "nnunet_kd": declared}))
     copied.plan("-d", "1", "-c", "3d_fullres", "-plans_name", "WithHeads")
     output = train(copied, 1, "nnUNetTrainerSIKDTeacher", "-p", "WithHeads", check=False)
-    assert "WithHeads has heads for classes or boxes, which averaged images cannot teach" in output
+    assert "SIKD trains segmentation only, but WithHeads has heads for classes or boxes" in output
