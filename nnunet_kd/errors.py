@@ -29,3 +29,7 @@ class LeakageError(TeacherError):
 
 class UnlabeledError(NnUNetKDError):
     """Images without labels cannot be added to a dataset, or no longer fit it."""
+
+
+class AdaptationError(NnUNetKDError):
+    """The source or the target of a domain adaptation is missing or unfit, or its training went wrong."""

@@ -1,4 +1,4 @@
-"""The commands nnUNetKD_plan_and_preprocess and nnUNetKD_plan_student: parse, call, print."""
+"""The commands nnUNetKD_plan_and_preprocess, _plan_student and _plan_adaptation: parse, call, print."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
 from nnunet_kd.cli.errors import clear_errors
+from nnunet_kd.data.domains import target_name
 from nnunet_kd.data.joint import JointDataset
 from nnunet_kd.data.member import Member, dataset_name
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import JointDatasetError
+from nnunet_kd.networks.task_codes import NETWORKS
+from nnunet_kd.planners.adaptation import check_domains, prepare_source, prepare_target, write_adaptation_plans
 from nnunet_kd.planners.existing import check_joint_name, outdated_teachers
 from nnunet_kd.planners.heads import read_heads
 from nnunet_kd.planners.joint_planner import TeacherPlan, plan_joint
@@ -35,6 +40,7 @@ from nnunet_kd.planners.tasks import (
     stand_in_segmentations,
     write_splits,
 )
+from nnunet_kd.settings import Adaptation, Domain
 
 STOCK_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 
@@ -52,25 +58,11 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--joint", default=None, type=_dataset_id, help="Id of the joint dataset, for example 900")
     parser.add_argument("--joint_name", default=None, help="Name after DatasetXXX_. Default: the existing, or Joint")
     parser.add_argument("-c", nargs="+", default=None, help="Configurations. Default: all that every member has")
-    parser.add_argument("-p", default=None, help="The members' plans. Default: what the planner writes (nnUNetPlans)")
-    parser.add_argument("-pl", default=None, help="Stock planner class. Default: ExperimentPlanner")
-    parser.add_argument("-plans_name", default="nnUNetKDPlans", help="Name of the plans that are written")
-    parser.add_argument("-gpu_memory_target", type=_positive, default=None, help="GB. Default: the planner class's")
-    parser.add_argument("--width", type=_positive, default=1.0, help="Factor on the teacher's number of features")
+    _add_planning_arguments(parser, "The members'")
     parser.add_argument("--heads", default=None, help="JSON file with shared heads and their label maps")
-    parser.add_argument("-np", type=int, default=None, help="Processes for preprocessing. Default: stock nnU-Net's")
-    parser.add_argument("-npfp", type=int, default=8, help="Processes for the fingerprint")
-    parser.add_argument("--no_pp", action="store_true", help="Do not preprocess members that lack it")
-    parser.add_argument("--verify_dataset_integrity", action="store_true", help="Run nnU-Net's check on every member")
     args = parser.parse_args(arguments)
 
-    planner = find_planner(args.pl or "ExperimentPlanner")
-    members_plans = args.p or default_plans_name(planner)
-    if args.plans_name == members_plans or "__" in args.plans_name:
-        raise JointDatasetError(
-            f"-plans_name {args.plans_name} is not possible: it must differ from the members' {members_plans} and not "
-            f"contain '__'."
-        )
+    planner, members_plans = _planner_and_plans(args)
     members = [dataset_name(entry) for entry in args.d]
     name = None if args.joint is None else _joint_name(args.joint, args.joint_name)
     if name is not None:
@@ -158,6 +150,88 @@ def plan_student(arguments: Sequence[str] | None = None) -> None:
     print(f"Wrote {path}. Train the student and its control with:")
     for trainer in ("nnUNetTrainerKDStudent", "nnUNetTrainerKDControl"):
         print(f"  nnUNetv2_train {dataset[7:10]} CONFIG FOLD -tr {trainer} -p {args.plans_name}")
+
+
+@clear_errors
+def plan_adaptation(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of nnUNetKD_plan_adaptation."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetKD_plan_adaptation",
+        description="Plan and preprocess the adaptation of a segmentation from a labelled source to an unlabelled "
+        "target: two datasets, or one that is divided by a column of its classification file. The target's images are "
+        "preprocessed with the source's plans; its masks, where there are any, are used for the final evaluation only.",
+    )
+    parser.add_argument("-source", required=True, help="Dataset id or name with masks, for example 306")
+    parser.add_argument("-target", required=True, help="Dataset id or name of the target; may be the source's")
+    parser.add_argument("-source_label", default=None, help="Only cases with this value in the column, e.g. normal")
+    parser.add_argument("-target_label", default=None, help="Only cases with this value, for example tuberculosis")
+    parser.add_argument("-column", default=None, help="Column of the classification file. Default: the only one")
+    parser.add_argument("-c", nargs="+", default=["2d"], help="Configurations. Default: 2d")
+    parser.add_argument(
+        "--network",
+        choices=tuple(NETWORKS),
+        default="stargan",
+        help="The paper's generator, or the planned U-Net with one scale and shift per task. Default: stargan",
+    )
+    parser.add_argument("--any_size", action="store_true", help="The target's images may be of another scale")
+    _add_planning_arguments(parser, "The source's")
+    args = parser.parse_args(arguments)
+    planner, base_plans = _planner_and_plans(args)
+    source, target = dataset_name(args.source), dataset_name(args.target)
+    settings = Adaptation(
+        Domain(column=args.column, label=args.source_label),
+        Domain(None if target == source else target, args.column, args.target_label),
+        args.network,
+    )
+    target_name(source, settings)
+    check_planner(source, base_plans, args.pl)
+    steps = StockSteps(
+        planner,
+        base_plans,
+        args.gpu_memory_target,
+        args.np,
+        args.npfp,
+        preprocess=False,
+        verify_dataset_integrity=args.verify_dataset_integrity,
+    )
+    prepare_source(source, steps, args.c, preprocess=not args.no_pp)
+    if target != source and not args.no_pp:
+        prepare_target(source, target, base_plans, args.c, args.np, args.any_size)
+    counts = None if args.no_pp else check_domains(source, settings, base_plans, args.c[0])
+    path = write_adaptation_plans(source, settings, base_plans, args.plans_name, args.c, args.width)
+    print(f"\nWrote {path}.")
+    if counts is None:
+        print("Nothing was preprocessed. Before training, run the same command without --no_pp.")
+    else:
+        print(f"{counts[0]} labelled cases of the source, {counts[1]} of the target.")
+    print('Train with:\n  eval "$(nnUNetKD_env)"')
+    for configuration in args.c:
+        print(f"  nnUNetv2_train {source[7:10]} {configuration} 0 -tr nnUNetTrainerAdaIN -p {args.plans_name}")
+
+
+def _add_planning_arguments(parser: argparse.ArgumentParser, whose: str) -> None:
+    """What every planning command of ours can be told; ``whose`` plans are planned."""
+    parser.add_argument("-p", default=None, help=f"{whose} plans. Default: what the planner writes (nnUNetPlans)")
+    parser.add_argument("-pl", default=None, help="Stock planner class. Default: ExperimentPlanner")
+    parser.add_argument("-plans_name", default="nnUNetKDPlans", help="Name of the plans that are written")
+    parser.add_argument("-gpu_memory_target", type=_positive, default=None, help="GB. Default: the planner class's")
+    parser.add_argument("--width", type=_positive, default=1.0, help="Factor on the network's number of features")
+    parser.add_argument("-np", type=int, default=None, help="Processes for preprocessing. Default: stock nnU-Net's")
+    parser.add_argument("-npfp", type=int, default=8, help="Processes for the fingerprint")
+    parser.add_argument("--no_pp", action="store_true", help="Do not preprocess datasets that lack it")
+    parser.add_argument("--verify_dataset_integrity", action="store_true", help="Run nnU-Net's check on the datasets")
+
+
+def _planner_and_plans(args: argparse.Namespace) -> tuple[type[ExperimentPlanner], str]:
+    """The stock planner, and the name of the plans that the datasets have or get."""
+    planner = find_planner(args.pl or "ExperimentPlanner")
+    plans_name = args.p or default_plans_name(planner)
+    if args.plans_name == plans_name or "__" in args.plans_name:
+        raise JointDatasetError(
+            f"-plans_name {args.plans_name} is not possible: it must differ from the datasets' {plans_name} and not "
+            f"contain '__'."
+        )
+    return planner, plans_name
 
 
 def _configurations(members: Sequence[str], plans_name: str, requested: Sequence[str] | None) -> list[str]:

@@ -6,10 +6,13 @@ import argparse
 import multiprocessing
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from nnunet_kd.cli.errors import clear_errors
 from nnunet_kd.environment import TRAINERS_VARIABLE, add_trainers_folder
 from nnunet_kd.errors import NnUNetKDError
+
+DOMAINS = ("source", "target")
 
 
 @clear_errors
@@ -24,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nnunet_kd.inference.predict import build_predictor, has_heads
     from nnunet_kd.inference.trained_model import open_model
 
+    if args.code is not None and args.translate is not None:
+        raise NnUNetKDError("--code chooses a segmentation and --translate gives an image. Leave one of them out.")
     if not 0 <= args.part_id < args.num_parts:
         raise NnUNetKDError(f"-part_id {args.part_id} must be at least 0 and below -num_parts {args.num_parts}.")
     model = open_model(args.m, args.f, args.chk)
@@ -56,6 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     images = input_images(args.i, predictor.dataset_json["file_ending"])
     os.makedirs(args.o, exist_ok=True)
+    if args.code is not None or args.translate is not None:
+        from nnunet_kd.inference.task_codes import choose_prediction, translate_files
+
+        choose_prediction(predictor, args.code or args.translate)
+        if args.translate is not None:
+            overwrite, bar = not args.continue_prediction, not args.disable_progress_bar
+            translate_files(predictor, images, Path(args.o), overwrite, bar)
+            return
     shared = {
         "save_probabilities": args.save_probabilities,
         "overwrite": not args.continue_prediction,
@@ -110,6 +123,19 @@ def _parser() -> argparse.ArgumentParser:
         default="cluster",
         help="How boxes of tiles, mirrored views and folds become one: weighted clustering (scores are comparable "
         "between one fold and several) or non-maximum suppression. Default: cluster",
+    )
+    parser.add_argument(
+        "--code",
+        choices=("self", "seg", "two_step"),
+        default=None,
+        help="Model of nnUNetTrainerAdaIN: the one-step segmentation (self, the default), that without a code (seg, "
+        "for images of the source), or that of the image translated to the source (two_step)",
+    )
+    parser.add_argument(
+        "--translate",
+        choices=DOMAINS,
+        default=None,
+        help="Model of nnUNetTrainerAdaIN: write the images translated to this domain instead of segmentations",
     )
     parser.add_argument("-f", nargs="+", type=fold, default=None, help="Folds. Default: all that are trained")
     parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")

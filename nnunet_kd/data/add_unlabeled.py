@@ -37,7 +37,7 @@ from nnunet_kd.data.unlabeled_checks import (
 from nnunet_kd.errors import UnlabeledError
 from nnunet_kd.settings import BLOCK
 
-FOLDER = "nnunet_kd_unlabeled"
+FOLDER = "nnunet_kd_unlabeled"  # the collection of a dataset's own images without labels
 RECORD = "nnunet_kd_unlabeled"  # the key of a case's properties that says what the case was made of
 TEMPORARY = ".temporary"
 
@@ -68,29 +68,33 @@ class Added:
     num_skipped: int
 
 
-def added_folder(member: Member) -> Path:
-    """Where the preprocessed images without labels of a dataset's configuration lie; it may not exist yet."""
-    return member.base_folder / FOLDER / member.configuration_manager.data_identifier
+def added_folder(member: Member, collection: str = FOLDER) -> Path:
+    """Where the preprocessed images of a collection for a dataset's configuration lie; it may not exist yet."""
+    return member.base_folder / collection / member.configuration_manager.data_identifier
 
 
-def added_cases(member: Member) -> list[str]:
-    """The finished cases without labels, sorted; none if there are none."""
-    return sorted(file.name.removesuffix(".pkl") for file in added_folder(member).glob("*.pkl"))
+def added_cases(member: Member, collection: str = FOLDER) -> list[str]:
+    """The finished cases of a collection, sorted; none if there are none."""
+    return sorted(file.name.removesuffix(".pkl") for file in added_folder(member, collection).glob("*.pkl"))
 
 
-def check_added(member: Member) -> None:
+def check_added(member: Member, collection: str = FOLDER) -> None:
     """Check that the added cases still fit the dataset; nothing is read but their properties.
 
     Raises:
         UnlabeledError: Cases were preprocessed with other plans, are labelled by now, or have damaged properties.
     """
-    problems = list(_outdated(member, _read_records(member)))
+    problems = list(_outdated(member, _read_records(member, collection), collection))
     if problems:
         raise UnlabeledError(f"The images that were added to {member.name} no longer fit:\n  " + "\n  ".join(problems))
 
 
 def add_unlabeled(
-    members: Sequence[Member], folder: Path, num_processes: int | None = None, show_progress: bool = True
+    members: Sequence[Member],
+    folder: Path,
+    num_processes: int | None = None,
+    show_progress: bool = True,
+    collection: str = FOLDER,
 ) -> list[Added]:
     """Preprocess the images in a folder with the plans of a dataset, as stock nnU-Net preprocesses test images.
 
@@ -101,6 +105,8 @@ def add_unlabeled(
         folder: Files ``CASE_0000`` and on, with the dataset's file ending.
         num_processes: None takes nnU-Net's defaults.
         show_progress: Show bars.
+        collection: Folder beside the dataset's preprocessed data. The images of another one than the default belong to
+            another dataset, so that their cases may have the names of labelled ones.
 
     Returns:
         One entry per folder that was filled, in the order of ``members``.
@@ -114,11 +120,11 @@ def add_unlabeled(
         _check_configuration(member)
     targets: dict[Path, Member] = {}
     for member in members:
-        targets.setdefault(added_folder(member), member)
-    records = {target: _read_records(member) for target, member in targets.items()}
-    problems = [line for target, member in targets.items() for line in _outdated(member, records[target])]
+        targets.setdefault(added_folder(member, collection), member)
+    records = {target: _read_records(member, collection) for target, member in targets.items()}
+    problems = [line for target, member in targets.items() for line in _outdated(member, records[target], collection)]
     cases = find_cases(folder, members[0], problems)
-    problems += check_cases(cases, list(targets.values()), records, show_progress)
+    problems += check_cases(cases, list(targets.values()), records, show_progress, own_names=collection == FOLDER)
     if problems:
         raise UnlabeledError(f"The images in {folder} cannot be added:\n  " + "\n  ".join(problems))
 
@@ -146,23 +152,23 @@ def _check_configuration(member: Member) -> None:
         )
 
 
-def _read_records(member: Member) -> dict[str, dict[str, Any]]:
+def _read_records(member: Member, collection: str) -> dict[str, dict[str, Any]]:
     """Finished case to what it was made of."""
-    folder = added_folder(member)
+    folder = added_folder(member, collection)
     records = {}
-    for case in added_cases(member):
+    for case in added_cases(member, collection):
         try:
             records[case] = load_pickle(str(folder / f"{case}.pkl"))[RECORD]
         except Exception as error:  # of a damaged pickle there is no telling
             raise UnlabeledError(
-                f"{folder / f'{case}.pkl'} is damaged, or was not written by nnUNetKD_add_unlabeled "
-                f"({reason_of(error)}). Delete it and add the image again."
+                f"{folder / f'{case}.pkl'} is damaged, or was not written by nnunet_kd ({reason_of(error)}). Delete "
+                f"it and run the command again that adds this image."
             ) from error
     return records
 
 
-def _outdated(member: Member, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    folder, current = added_folder(member), _preparation(member)
+def _outdated(member: Member, records: Mapping[str, Mapping[str, Any]], collection: str) -> Iterator[str]:
+    folder, current = added_folder(member, collection), _preparation(member)
     other = [case for case, record in records.items() if record["preparation"] != current]
     if other:
         then = records[other[0]]["preparation"]
@@ -172,7 +178,7 @@ def _outdated(member: Member, records: Mapping[str, Mapping[str, Any]]) -> Itera
             f"{member.plans_name} are now ({changed} differ). Delete this folder and add all images again"
         )
     labeled = sorted(set(records) & set(member.identifiers))
-    if labeled:
+    if labeled and collection == FOLDER:
         yield (
             f"{folder} holds {some_of(labeled)}, by now labelled in {member.name}: they may be validated on. Delete "
             f"their files in this folder"
@@ -200,7 +206,7 @@ def _preprocess(
             shutil.rmtree(folder / TEMPORARY, ignore_errors=True)
     except Timeout as error:
         raise UnlabeledError(
-            f"Another nnUNetKD_add_unlabeled is adding images to {folder}. Wait until it has ended."
+            f"Another process is adding images to {folder}. Wait until it has ended."
         ) from error
     if failures:
         lines = [

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-
-from nnunet_kd.data.add_unlabeled import added_cases, added_folder, check_added
-from nnunet_kd.data.member import Member
 
 OUTSIDE = -1  # nnU-Net's label of voxels that are not part of the image
 
@@ -21,19 +20,14 @@ class UnlabeledImages:
     """The images of preprocessed cases, as a dataset of nnU-Net without any labels.
 
     Args:
-        member: The dataset.
-        cases: Of its own cases those whose labels are not used. Those of nnUNetKD_add_unlabeled are added.
-
-    Raises:
-        UnlabeledError: Added images do not fit the dataset any more.
+        kind: nnU-Net's dataset class of the preprocessed files.
+        folders: Folder to its cases.
     """
 
-    def __init__(self, member: Member, cases: Sequence[str]) -> None:
-        kind = member.dataset_class
-        self._source: dict[str, Any] = dict.fromkeys(cases, kind(str(member.data_folder), list(cases)))
-        check_added(member)
-        more = added_cases(member)
-        self._source |= dict.fromkeys(more, kind(str(added_folder(member)), more))
+    def __init__(self, kind: type[nnUNetBaseDataset], folders: Mapping[Path, Sequence[str]]) -> None:
+        self._source: dict[str, Any] = {}
+        for folder, cases in folders.items():
+            self._source |= dict.fromkeys(cases, kind(str(folder), list(cases)))
         self.identifiers = list(self._source)
 
     def load_case(self, case: str) -> tuple[Any, Any, None, dict[str, Any]]:

@@ -80,6 +80,7 @@ def check_cases(
     members: Sequence[Member],
     records: Mapping[Path, Mapping[str, Mapping[str, Any]]],
     show_progress: bool,
+    own_names: bool = True,
 ) -> list[str]:
     """What keeps the cases from being added to configurations of one dataset.
 
@@ -88,6 +89,7 @@ def check_cases(
         members: One dataset and plans, one entry per configuration.
         records: Per folder, finished case to what it was made of.
         show_progress: Show a bar.
+        own_names: Whether a case that has the name of a labelled one is that one.
     """
     if not cases:
         return []
@@ -99,7 +101,7 @@ def check_cases(
     problems: list[str] = []
     for case, files in tqdm(cases.items(), desc="Checking images", disable=not show_progress):
         copies = [(file, labeled_file) for file in files.values() if (labeled_file := copied_file(file)) is not None]
-        if case in labeled:
+        if own_names and case in labeled:
             problems.append(
                 f"{case} is a labelled case of {member.name} and may be validated on. Move it away; if it is another "
                 f"image, rename it"

@@ -25,8 +25,10 @@ from nnunet_kd.data.member import Member
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.inference.trained_model import Fold, TrainedModel
+from nnunet_kd.networks.conditional_unet import stock_backbone, stock_one_step_weights
 from nnunet_kd.networks.joint import Route, input_convolution, member_head_weights
 from nnunet_kd.networks.multitask import Heads, multitask_architecture, stock_architecture, stock_weights
+from nnunet_kd.networks.task_codes import planned_network
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.labels import LabelMap
 
@@ -175,6 +177,8 @@ def plain_member_model(model: TrainedModel, member_name: str, own_labels: bool, 
 def plain_single_model(model: TrainedModel) -> PlainModel:
     """A student, a control or any stock model without anything of ours: of several tasks, the segmentation.
 
+    Of a conditional U-Net it is the one-step segmentation: the planned U-Net with the self code's scales and shifts.
+
     Raises:
         NnUNetKDError: It has no segmentation, or its trainer is not installed or builds a network that stock nnU-Net
             does not.
@@ -185,11 +189,15 @@ def plain_single_model(model: TrainedModel) -> PlainModel:
             f"nnUNetKD_predict where nnunet_kd is installed."
         )
     plans, dataset_json = without_block(model.plans), without_block(model.dataset_json)
+    weights, configuration, trainer_name, mirroring_axes, training_cases = _load(model)
+    trained = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
+    only_stock = stock_one_step_weights if planned_network(trained) == "conditional_unet" else stock_weights
+    weights = {fold: only_stock(own) for fold, own in weights.items()}
     for content in plans["configurations"].values():
         if "architecture" in content:
-            content["architecture"] = stock_architecture(content["architecture"])
-    weights, configuration, trainer_name, mirroring_axes, training_cases = _load(model)
-    weights = {fold: stock_weights(own) for fold, own in weights.items()}
+            own = content["architecture"]
+            to_stock = stock_backbone if planned_network(own) == "conditional_unet" else stock_architecture
+            content["architecture"] = to_stock(own)
     check_stock_network(plans, configuration, trainer_name)
     return PlainModel(plans, dataset_json, configuration, weights, mirroring_axes, training_cases=training_cases)
 

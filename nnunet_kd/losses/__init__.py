@@ -13,7 +13,7 @@ from nnunet_kd.losses.channel_wise import ChannelWiseFeatureLoss, ChannelWiseLog
 from nnunet_kd.losses.class_masked import ClassMaskedLoss
 from nnunet_kd.losses.features import AttentionLoss, CosineLoss, MeanSquaredErrorLoss
 from nnunet_kd.losses.imitation import ImitationLoss
-from nnunet_kd.losses.logits import CorrelationLoss, DecoupledLoss, KullbackLeiblerLoss
+from nnunet_kd.losses.logits import AbsoluteErrorLoss, CorrelationLoss, DecoupledLoss, KullbackLeiblerLoss
 from nnunet_kd.losses.pseudo_labels import PseudoLabelLoss
 from nnunet_kd.losses.relations import AffinityLoss, IntraClassLoss
 from nnunet_kd.losses.wavelet import WaveletDetailLoss
@@ -27,6 +27,7 @@ LOSSES: dict[str, dict[str, type[nn.Module]]] = {
         "dkd": DecoupledLoss,
         "dist": CorrelationLoss,
         "cwd": ChannelWiseLogitsLoss,
+        "l1": AbsoluteErrorLoss,
         "pseudo_label": PseudoLabelLoss,
     },
     "features": {

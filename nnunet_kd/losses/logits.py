@@ -1,4 +1,4 @@
-"""Losses between logits of one label space: voxel by voxel (kl, dkd) and by correlation (dist)."""
+"""Losses between logits of one label space: voxel by voxel (kl, dkd, l1) and by correlation (dist)."""
 
 from __future__ import annotations
 
@@ -115,6 +115,38 @@ class DecoupledLoss(LogitsLoss):
         binary = softmax_divergence(_target_and_rest(student, target_class), _target_and_rest(teacher, target_class))
         others = softmax_divergence(_without(student, target_class), _without(teacher, target_class))
         return self.temperature**2 * masked_mean(self.alpha * binary + self.beta * others, valid)
+
+
+class AbsoluteErrorLoss(LogitsLoss):
+    """Mean absolute difference over channels and voxels.
+
+    Args:
+        nonlinearity: See :class:`LogitsLoss`.
+        temperature: Divides both logits (> 0); 1, the default here, leaves them as they are.
+        of: "logits" as in the source; "probabilities" lie between 0 and 1 whatever the scale of the logits (our
+            option).
+
+    Source: self-distillation of Oh and Ye, ECCV 2022 (arXiv 2104.05892).
+    """
+
+    def __init__(
+        self,
+        *,
+        nonlinearity: Nonlinearity = "softmax",
+        temperature: float = 1.0,
+        of: Literal["logits", "probabilities"] = "logits",
+    ) -> None:
+        super().__init__(nonlinearity=nonlinearity, temperature=temperature)
+        self.of = require_choice("of", of, ("logits", "probabilities"))
+
+    def compute(self, student: Tensor, teacher: Tensor, target: Tensor | None, valid: Tensor | None) -> Tensor:
+        """Return the mean, see :class:`AbsoluteErrorLoss`."""
+        del target
+        student, teacher = student / self.temperature, teacher / self.temperature
+        if self.of == "probabilities":
+            softmax = self.nonlinearity == "softmax"
+            student, teacher = (own.softmax(1) if softmax else own.sigmoid() for own in (student, teacher))
+        return masked_mean((student - teacher).abs().mean(1, keepdim=True), valid)
 
 
 class CorrelationLoss(LogitsLoss):

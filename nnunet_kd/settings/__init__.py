@@ -7,7 +7,9 @@ key and what is allowed.
 """
 
 from nnunet_kd.settings.definitions import (
+    Adaptation,
     DinoMix,
+    Domain,
     Foundation,
     Guard,
     Labeled,
@@ -33,7 +35,9 @@ __all__ = [
     "BLOCK",
     "DESCRIPTION_KEYS",
     "ENVIRONMENT_VARIABLE",
+    "Adaptation",
     "DinoMix",
+    "Domain",
     "Foundation",
     "Guard",
     "Labeled",

@@ -126,6 +126,54 @@ class DinoMix:
 
 
 @dataclass(frozen=True)
+class Domain:
+    """The cases of one domain of an adaptation.
+
+    ``dataset``: its id or name; null is the one that is trained. ``label``: only cases with this value in ``column`` of
+    the dataset's classification file; null takes all cases, and the only column.
+    """
+
+    dataset: str | int | None = None
+    column: str | None = None
+    label: str | int | None = None
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """AdaIN-based adaptation from a labelled source to an unlabelled target, see ``training/adaptation.py``.
+
+    ``network``: "stargan" (the paper's generator) or "conditional_unet" (the planned U-Net); null is that of the plans,
+    else the first. ``stage_1``: its share of the epochs. ``learning_rate``, ``mapping_learning_rate``: of Adam.
+    ``segmentation_steps``: per iteration, on the same patches. ``background_weight``: of the cross entropy, where
+    ``training.loss`` is "ce". The next are weights of losses; ``adversarial`` 0 leaves translation out, ``diversity``
+    falls linearly to 0 in stage 1, ``self_target`` and ``self_source`` belong to stage 2. ``self_teacher``: "network"
+    is the present one, "ema" its moving average. ``self_on``: logits or probabilities are compared. ``ema_decay``: of
+    the moving average; ``predict_with`` says which network is validated and saved for prediction.
+    """
+
+    source: Domain = field(default_factory=Domain)
+    target: Domain = field(default_factory=Domain)
+    network: Literal["stargan", "conditional_unet"] | None = None
+    stage_1: float = 0.5
+    learning_rate: float = 1e-4
+    mapping_learning_rate: float = 1e-6
+    segmentation_steps: int = 2
+    background_weight: float = 0.7
+    adversarial: float = 1.0
+    r1: float = 1.0
+    style: float = 1.0
+    cycle: float = 2.0
+    diversity: float = 1.0
+    segmentation: float = 5.0
+    self_target: float = 10.0
+    self_source: float = 1.0
+    self_teacher: Literal["network", "ema"] = "network"
+    self_on: Literal["logits", "probabilities"] = "logits"
+    ema_decay: float = 0.999
+    predict_with: Literal["ema", "network"] = "ema"
+
+
+@dataclass(frozen=True)
 class Foundation:
     """A foundation model, see ``teachers/foundation.py``; the teacher's ``model`` names it.
 
@@ -206,6 +254,7 @@ class Settings:
     labeled: Labeled | list[str] | None = None
     sikd: ShapeIntensity = field(default_factory=ShapeIntensity)
     dino_mix: DinoMix = field(default_factory=DinoMix)
+    adaptation: Adaptation = field(default_factory=Adaptation)
     teachers: dict[str, Teacher] = field(default_factory=dict)
     terms: list[Term] = field(default_factory=list)
     guard: Guard = field(default_factory=Guard)

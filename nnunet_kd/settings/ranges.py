@@ -9,6 +9,7 @@ from nnunet_kd.settings.definitions import Settings
 def check_ranges(settings: Settings) -> None:
     """Raise SettingsError for a value out of range, or two that contradict each other; the message names the key."""
     training, guard, tasks, mix = settings.training, settings.guard, settings.tasks, settings.dino_mix
+    adaptation = settings.adaptation
     positive = {
         "training.num_epochs": training.num_epochs,
         "training.num_iterations_per_epoch": training.num_iterations_per_epoch,
@@ -20,6 +21,10 @@ def check_ranges(settings: Settings) -> None:
         "dino_mix.mixes": 1 if mix.mixes is None else mix.mixes,
         "dino_mix.curriculum_end": mix.curriculum_end,
         "dino_mix.curriculum_power": mix.curriculum_power,
+        **{
+            f"adaptation.{key}": getattr(adaptation, key)
+            for key in ("stage_1", "learning_rate", "mapping_learning_rate", "segmentation_steps", "segmentation")
+        },
     }
     for key, value in positive.items():
         if value <= 0:
@@ -40,6 +45,11 @@ def check_ranges(settings: Settings) -> None:
         "alignment_weight": settings.alignment_weight,
         "guard.margin": guard.margin,
         "guard.exponent": guard.exponent,
+        **{
+            f"adaptation.{key}": getattr(adaptation, key)
+            for key in ("background_weight", "adversarial", "r1", "style", "cycle", "diversity", "self_target",
+                        "self_source", "ema_decay")
+        },
     }
     for index, term in enumerate(settings.terms):
         where = f"terms[{index}]"
@@ -86,6 +96,9 @@ def check_ranges(settings: Settings) -> None:
             f"'dino_mix.box' is {mix.box}. Give the smallest and the largest side as fractions of the patch's, for "
             f"example [0.25, 0.5]."
         )
+    for key, fraction in (("stage_1", adaptation.stage_1), ("ema_decay", adaptation.ema_decay)):
+        if fraction >= 1:
+            raise SettingsError(f"'adaptation.{key}' is {fraction}; it must be less than 1.")
     for key, value in fractions.items():
         if not 0 <= value <= 1:
             raise SettingsError(f"'{key}' is {value}; it must lie between 0 and 1.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_kd.errors import SettingsError, TeacherError
+from nnunet_kd.networks.moving_average import MovingAverage
 from nnunet_kd.settings import Teacher as TeacherSettings
 from nnunet_kd.settings import Term
 from nnunet_kd.spaces.labels import match_label_spaces
@@ -20,11 +20,9 @@ LOGITS = "teacher_logits"  # key of a batch that was shown to the teacher before
 
 
 class EMATeacher(BatchTeacher):
-    """The student's network with weights w' <- d w' + (1 - d) w after every step, d = min(1 - 1 / (t + 1), decay).
+    """The student's network with averaged weights, see :class:`MovingAverage`.
 
-    Step t counts from 0, so that the first steps copy the student and the average is never that of untrained weights.
-
-    Source: Tarvainen and Valpola, NeurIPS 2017 (arXiv 1703.01780); the warm-up is that of their code.
+    Source: Tarvainen and Valpola, NeurIPS 2017 (arXiv 1703.01780).
 
     Raises:
         TeacherError: The student has no segmentation, or a model is named.
@@ -42,7 +40,6 @@ class EMATeacher(BatchTeacher):
         own = student.label_space
         student_map, self.teacher_map = match_label_spaces(own, own)
         self.taught = Taught(("segmentation",), student_map)
-        self.step = 0
 
     @property
     def origin(self) -> str:
@@ -76,25 +73,23 @@ class EMATeacher(BatchTeacher):
 
     def follow(self, network: nn.Module) -> None:
         """Start from the student's weights."""
-        average: Any = copy.deepcopy(network).eval().requires_grad_(False)
-        if not hasattr(getattr(average, "decoder", None), "deep_supervision"):
+        if not hasattr(getattr(network, "decoder", None), "deep_supervision"):
             raise NotImplementedError(
                 f"Teacher '{self.name}' is a moving average, which is not supported of a {type(network).__name__}: its "
                 f"deep supervision cannot be switched off as in nnU-Net's networks."
             )
-        average.decoder.deep_supervision = False
-        self._student, self.network = network, average
-        self._forward = torch.compile(average) if self._compile else average
+        self.average = MovingAverage(network, self.settings.decay)
+        self.network.decoder.deep_supervision = False
+        self._forward = torch.compile(self.network) if self._compile else self.network
 
-    @torch.no_grad()
+    @property
+    def network(self) -> Any:
+        """The student's network with the averaged weights."""
+        return self.average.network
+
     def after_step(self) -> None:
         """Move the average towards the student."""
-        decay = min(1 - 1 / (self.step + 1), self.settings.decay)
-        own, student = list(self.network.parameters()), [weight.detach() for weight in self._student.parameters()]
-        torch._foreach_lerp_(own, student, 1 - decay)
-        for mine, other in zip(self.network.buffers(), self._student.buffers(), strict=True):
-            mine.copy_(other)
-        self.step += 1
+        self.average.update()
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
@@ -110,9 +105,8 @@ class EMATeacher(BatchTeacher):
 
     def state(self) -> dict[str, Any]:
         """Its weights and how many steps it has followed."""
-        return {"step": self.step, "weights": self.network.state_dict()}
+        return self.average.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state`."""
-        self.step = state["step"]
-        self.network.load_state_dict(state["weights"])
+        self.average.load_state(state)

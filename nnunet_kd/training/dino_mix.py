@@ -9,14 +9,13 @@ L = L_supervised(labelled) + ramp * [L_consistency(unlabelled) + L_mix(mixed)] +
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from torch import nn
+from torch import Tensor, nn
 
+from nnunet_kd.data.add_unlabeled import added_cases, added_folder, check_added
 from nnunet_kd.data.augmenters import augmenters
 from nnunet_kd.data.semi_supervised import SemiSupervisedLoader, UnlabeledImages
 from nnunet_kd.environment import environment
@@ -26,12 +25,13 @@ from nnunet_kd.spaces.labels import LabelSpace
 from nnunet_kd.teachers.ema import EMATeacher
 from nnunet_kd.training.dino_mix_terms import check_terms, terms_of
 from nnunet_kd.training.distillation import DistillationLoss
+from nnunet_kd.training.other_weights import PredictsWithOthers
 from nnunet_kd.training.semi_batch import SemiSupervisedBatch, SupervisedPart
 from nnunet_kd.training.student import nnUNetTrainerKDStudent
 from nnunet_kd.training.task_trainer import need_plain_plans
 
 
-class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
+class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
     """The student trainer with another list of terms, and batches that carry unlabelled and mixed samples, too."""
 
     preset: ClassVar[dict[str, Any]] = {
@@ -88,7 +88,9 @@ class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
         self.transductive_cases = sorted(transductive)
         known = set(labeled)
         cases = [*(case for case in training if case not in known), *self.transductive_cases]
-        images = UnlabeledImages(member, cases)
+        check_added(member)
+        folders = {member.data_folder: cases, added_folder(member): added_cases(member)}
+        images = UnlabeledImages(member.dataset_class, folders)
         self.seen_cases[member.name].update(images.identifiers)
         if not images.identifiers:
             raise SettingsError(
@@ -124,12 +126,10 @@ class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
         return loss
 
     def on_train_start(self) -> None:
-        """Start as the student does; go on from the student's weights where the checkpoint predicts with others."""
+        """Start as the student does, with the class frequencies of a training that goes on."""
         super().on_train_start()
         if hasattr(self, "restored_frequencies"):
             self.semi_supervised.frequencies.load_state(self.restored_frequencies, self.device)
-        if getattr(self, "restored_student", None):
-            self.unwrapped_network().load_state_dict(self.restored_student)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -164,56 +164,17 @@ class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
             shares = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, probabilities.tolist(), strict=True))
             self.print_to_log_file(f"Classes of the mixed boxes: {shares}")
 
-    # ---- the network that predicts ----------------------------------------------------------------------------------
-
-    @contextmanager
-    def _predicting_weights(self) -> Iterator[None]:
-        """Within the block the network has the weights with which it will predict."""
+    def other_weights(self) -> dict[str, Tensor] | None:
+        """Those of the moving average, if it is to predict."""
         average = self.average if self.settings.dino_mix.predict_with == "ema" else None
-        if average is None:
-            yield
-            return
-        network = self.unwrapped_network()
-        own = {name: value.clone() for name, value in network.state_dict().items()}
-        network.load_state_dict(average.network.state_dict())
-        try:
-            yield
-        finally:
-            network.load_state_dict(own)
-
-    def on_validation_epoch_start(self) -> None:
-        """Validate the network that predicts."""
-        super().on_validation_epoch_start()
-        self._validated = ExitStack()
-        self._validated.enter_context(self._predicting_weights())
-
-    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        """Go on with the student."""
-        self._validated.close()
-        super().on_validation_epoch_end(val_outputs)
-
-    def save_checkpoint(self, filename: str) -> None:
-        """Write the network that predicts; the student goes beside it."""
-        self.student_weights = {}
-        if self.settings.dino_mix.predict_with == "ema":
-            own = self.unwrapped_network().state_dict()
-            self.student_weights = {name: value.detach().cpu().clone() for name, value in own.items()}
-        with self._predicting_weights():
-            super().save_checkpoint(filename)
-
-    def on_train_end(self) -> None:
-        """Keep the weights that predict for the final validation."""
-        super().on_train_end()
-        if self.settings.dino_mix.predict_with == "ema" and self.average is not None:
-            self.unwrapped_network().load_state_dict(self.average.network.state_dict())
+        return None if average is None else average.network.state_dict()
 
     # ---- checkpoint and results -------------------------------------------------------------------------------------
 
     def checkpoint_extra(self) -> dict[str, Any]:
-        """Also the class frequencies, and the student where another network predicts."""
+        """Also the class frequencies, and what was trained on without labels though it is validated on."""
         extra = super().checkpoint_extra()
         extra["class_frequencies"] = self.semi_supervised.frequencies.state()
-        extra["student_weights"] = self.student_weights
         extra["transductive_cases"] = self.transductive_cases
         return extra
 
@@ -221,7 +182,6 @@ class nnUNetTrainerDINOMix(nnUNetTrainerKDStudent):
         """Restore :meth:`checkpoint_extra`."""
         super().load_checkpoint_extra(extra)
         self.restored_frequencies = extra["class_frequencies"]
-        self.restored_student = extra["student_weights"]
         self.transductive_cases = extra["transductive_cases"]
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:

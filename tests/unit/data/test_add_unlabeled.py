@@ -349,7 +349,7 @@ def test_two_runs_at_once_are_refused(toy: Toy) -> None:
     folder.mkdir(parents=True)
     with (
         FileLock(folder.parent / f".{folder.name}.lock"),
-        pytest.raises(UnlabeledError, match="Another nnUNetKD_add_unlabeled is adding images"),
+        pytest.raises(UnlabeledError, match="Another process is adding images"),
     ):
         toy.add()
 

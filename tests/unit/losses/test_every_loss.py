@@ -23,6 +23,8 @@ CASES = [(on, name, {}) for on in ("logits", "features") for name in LOSSES[on]]
     ("logits", "kl", {"nonlinearity": "sigmoid", "balance": "class"}),
     ("logits", "dist", {"nonlinearity": "sigmoid"}),
     ("logits", "cwd", {"nonlinearity": "sigmoid"}),
+    ("logits", "l1", {"of": "probabilities"}),
+    ("logits", "l1", {"of": "probabilities", "nonlinearity": "sigmoid"}),
     ("logits", "pseudo_label", {"nonlinearity": "sigmoid"}),
     ("features", "mse", {"standardise": False}),
     ("features", "wavelet", {"wavelet": "haar"}),
