@@ -29,3 +29,7 @@ class LeakageError(TeacherError):
 
 class UnlabeledError(NnUNetKDError):
     """Images without labels cannot be added to a dataset, or no longer fit it."""
+
+
+class ConversionError(NnUNetKDError):
+    """A public dataset cannot be converted, or a case of it is left out."""

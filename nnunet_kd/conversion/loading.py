@@ -1,0 +1,36 @@
+"""How the usual kinds of cases are read; ``functools.partial`` of these is what a converter gives a case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nnunet_kd.conversion.base import Box, Loaded
+from nnunet_kd.conversion.images import read_grey, read_radiograph, read_volume, relabelled, union
+
+
+def load_volumes(
+    images: Sequence[Path], segmentation: Path | None = None, values: Mapping[int, int] | None = None
+) -> Loaded:
+    """Read one file per channel and the segmentation.
+
+    Args:
+        images: Files of the channels.
+        segmentation: None where there is none.
+        values: Old to new label value; the others stay.
+    """
+    labels = None if segmentation is None else read_volume(segmentation)
+    if labels is not None and values is not None:
+        labels = relabelled(labels, values)
+    return Loaded(tuple(read_volume(file) for file in images), labels)
+
+
+def load_grey(image: Path, masks: Sequence[Path] = (), boxes: Sequence[Box] = ()) -> Loaded:
+    """Read a 2D image file and the union of its masks as label 1."""
+    labels = union([read_grey(file) for file in masks], [1] * len(masks)) if masks else None
+    return Loaded((read_grey(image),), labels, tuple(boxes))
+
+
+def load_radiograph(image: Path, boxes: Sequence[Box] = ()) -> Loaded:
+    """Read a radiograph in DICOM format."""
+    return Loaded((read_radiograph(image),), boxes=tuple(boxes))
