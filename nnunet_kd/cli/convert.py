@@ -68,6 +68,9 @@ def _lines(report: Report, file: str) -> Iterator[str]:
         yield f"  {why}: {', '.join(own[:MAX_NAMED])}{', ...' if len(own) > MAX_NAMED else ''}"
     if len(names) > MAX_REASONS:
         yield f"  and {len(names) - MAX_REASONS} more reasons"
+    outside = content["boxes_outside_image"]
+    if outside:
+        yield f"Dropped: {sum(outside.values())} boxes that lie outside their images, of {len(outside)} cases"
     yield f"Check it: nnUNetKD_verify -d {report.folder.name[7:10]}"
 
 

@@ -5,6 +5,7 @@ A converter is a pure function of an input folder. What writes, checks and resum
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,20 +155,28 @@ def inside(folder: Path, *needed: str) -> Path:
     Raises:
         ConversionError: Neither has them, or several have.
     """
-    candidates = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
-    found = [candidate for candidate in candidates if all(any(candidate.glob(path)) for path in needed)]
-    if folder in found:
+    if _has(folder, needed):
         return folder
+    found = [child for child in sorted(folder.iterdir()) if child.is_dir() and _has(child, needed)]
     if len(found) == 1:
         return found[0]
     names = " and ".join(needed)
     if found:
         several = ", ".join(child.name for child in found[:MAX_NAMED])
         raise ConversionError(f"{folder} holds several folders with {names}: {several}. Give one of them with -i.")
-    missing = [path for path in needed if not any(folder.glob(path))]
+    missing = [path for path in needed if not _has(folder, [path])]
     raise ConversionError(f"There is no {' and no '.join(missing)} in {folder}, nor in a folder directly inside it.")
+
+
+def is_test_folder(name: str) -> bool:
+    """Whether a word of a folder's name begins with test, as in Testing or releaseMask_test."""
+    return re.search(r"(?:^|[^a-z])test", name.lower()) is not None
 
 
 def without_ending(file: Path) -> str:
     """Name of a NIfTI file without .nii or .nii.gz; of others, without the last ending."""
     return file.name.removesuffix(".gz").removesuffix(".nii") if ".nii" in file.suffixes else file.stem
+
+
+def _has(folder: Path, needed: Iterable[str]) -> bool:
+    return all(any(folder.glob(path)) for path in needed)

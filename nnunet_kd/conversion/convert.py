@@ -37,6 +37,14 @@ UNREADABLE = (ConversionError, RuntimeError, OSError, ValueError, KeyError, Inde
 
 
 @dataclass(frozen=True)
+class Written:
+    """What is known of a case that lies on the disk: its boxes, and how many were dropped as outside its image."""
+
+    boxes: tuple[Box, ...]
+    num_outside: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What a conversion has made.
 
@@ -86,28 +94,29 @@ def convert(
     with _explaining(converter):
         found = list(converter.find(source))
     cases = [entry for entry in found if isinstance(entry, Case)]
-    boxes = _written_before(folder)
-    _check_names([entry.name for entry in found], boxes, source)
+    written = _written_before(folder)
+    _check_names([case.name for case in cases], written, source)
     (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     write_json(folder / REPORT_FILE, report)
     left_out = [entry for entry in found if isinstance(entry, LeftOut)]
-    remaining = [case for case in cases if case.name not in boxes]
+    remaining = [case for case in cases if case.name not in written]
     for name, outcome in _run(converter, folder, remaining, num_processes, len(cases), show_progress):
         if isinstance(outcome, LeftOut):
             left_out.append(outcome)
         else:
-            boxes[name] = outcome
-    written = [case for case in cases if case.name in boxes]
-    if not any(case.training for case in written):
+            written[name] = outcome
+    done = [case for case in cases if case.name in written]
+    if not any(case.training for case in done):
         reasons = "\n".join(f"  {entry.name}: {entry.why}" for entry in left_out[:5])
         raise ConversionError(f"No training case of {source} could be converted:\n{reasons}")
-    write_description(converter, folder, written, boxes)
+    write_description(converter, folder, done, {name: own.boxes for name, own in written.items()})
     report = {
         **report,
         "finished": True,
-        "training_cases": sum(case.training for case in written),
-        "test_cases": sum(not case.training for case in written),
+        "training_cases": sum(case.training for case in done),
+        "test_cases": sum(not case.training for case in done),
         "left_out": [asdict(entry) for entry in sorted(left_out, key=lambda entry: entry.name)],
+        "boxes_outside_image": {name: own.num_outside for name, own in sorted(written.items()) if own.num_outside},
     }
     write_json(folder / REPORT_FILE, report)
     shutil.rmtree(folder / WORK_FOLDER)
@@ -121,6 +130,11 @@ def _explaining(converter: Converter) -> Iterator[None]:
         yield
     except ConversionError as error:
         raise ConversionError(f"{error} {converter.name} must look like this:\n{converter.layout}") from error
+    except (ValueError, KeyError) as error:
+        raise ConversionError(
+            f"A table has a value that is not understood ({error!r}). {converter.name} must look like this:\n"
+            f"{converter.layout}"
+        ) from error
 
 
 def _folder(converter: Converter, raw_root: Path, dataset_id: int | None) -> Path:
@@ -184,10 +198,10 @@ def _check_names(names: Sequence[str], written: Collection[str], source: Path) -
         )
 
 
-def _written_before(folder: Path) -> dict[str, tuple[Box, ...]]:
-    """Boxes of the cases that an earlier run has written; the last line may be cut off."""
+def _written_before(folder: Path) -> dict[str, Written]:
+    """The cases that an earlier run has written; the last line may be cut off."""
     file = folder / WORK_FOLDER / PROGRESS_FILE
-    done: dict[str, tuple[Box, ...]] = {}
+    done: dict[str, Written] = {}
     if not file.is_file():
         return done
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -195,7 +209,8 @@ def _written_before(folder: Path) -> dict[str, tuple[Box, ...]]:
             entry = json.loads(line)
         except ValueError:
             continue
-        done[entry["case"]] = tuple(Box(label, tuple(edges)) for label, edges in entry["boxes"])
+        boxes = tuple(Box(label, tuple(edges)) for label, edges in entry["boxes"])
+        done[entry["case"]] = Written(boxes, entry["num_outside"])
     return done
 
 
@@ -206,7 +221,7 @@ def _run(
     num_processes: int,
     num_all: int,
     show_progress: bool,
-) -> Iterator[tuple[str, tuple[Box, ...] | LeftOut]]:
+) -> Iterator[tuple[str, Written | LeftOut]]:
     """Write the cases; yield their names and boxes, or why they were left out, as they finish."""
     for name in ("imagesTr", "imagesTs") + (("labelsTr", "labelsTs") if converter.labels is not None else ()):
         (folder / name).mkdir(exist_ok=True)
@@ -217,7 +232,8 @@ def _run(
         stream.write("\n")  # ends a line that a killed run has cut off
         for case, outcome in _outcomes(write, cases, num_processes):
             if not isinstance(outcome, LeftOut):
-                line = {"case": case.name, "boxes": [[box.label, box.edges] for box in outcome]}
+                boxes = [[box.label, box.edges] for box in outcome.boxes]
+                line = {"case": case.name, "boxes": boxes, "num_outside": outcome.num_outside}
                 stream.write(json.dumps(line) + "\n")
                 stream.flush()
             bar.update()
@@ -228,8 +244,8 @@ def _run(
 
 
 def _outcomes(
-    write: partial[tuple[Box, ...] | LeftOut], cases: Sequence[Case], num_processes: int
-) -> Iterator[tuple[Case, tuple[Box, ...] | LeftOut]]:
+    write: partial[Written | LeftOut], cases: Sequence[Case], num_processes: int
+) -> Iterator[tuple[Case, Written | LeftOut]]:
     if num_processes == 1 or len(cases) < 2:
         for case in cases:
             yield case, write(case)
@@ -249,7 +265,7 @@ def _outcomes(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def write_case(converter: Converter, folder: Path, case: Case) -> tuple[Box, ...] | LeftOut:
+def write_case(converter: Converter, folder: Path, case: Case) -> Written | LeftOut:
     """Read, check and write one case: under a temporary name first, the segmentation last.
 
     Args:
@@ -258,12 +274,17 @@ def write_case(converter: Converter, folder: Path, case: Case) -> tuple[Box, ...
         case: What to write.
 
     Returns:
-        Its boxes, or why it was left out.
+        What is there now, or why it was left out.
+
+    Raises:
+        ConversionError: A file cannot be written.
     """
     try:
-        loaded = checked(case.load(), converter, case.labelled)
+        read = case.load()
+        loaded = checked(read, converter, case.labelled)
     except UNREADABLE as error:
-        return LeftOut(case.name, _one_line(error))
+        text = _message(error)
+        return LeftOut(case.name, text if isinstance(error, ConversionError) else f"cannot be read ({text})")
     side = "Tr" if case.training else "Ts"
     ending = converter.file_ending
     parts = [(f"images{side}/{case.name}_{index:04d}{ending}", image) for index, image in enumerate(loaded.images)]
@@ -271,13 +292,18 @@ def write_case(converter: Converter, folder: Path, case: Case) -> tuple[Box, ...
         parts.append((f"labels{side}/{case.name}{ending}", loaded.segmentation))
     for relative, image in parts:
         temporary = folder / WORK_FOLDER / relative.replace("/", "_")
-        sitk.WriteImage(image, str(temporary), useCompression=True)
-        temporary.replace(folder / relative)
-    return loaded.boxes
+        try:
+            sitk.WriteImage(image, str(temporary), useCompression=True)
+            temporary.replace(folder / relative)
+        except (RuntimeError, OSError) as error:
+            raise ConversionError(
+                f"{folder / relative} cannot be written ({_message(error)}). Is the disk full? Run the command again; "
+                f"it goes on where it stopped."
+            ) from error
+    return Written(loaded.boxes, len(read.boxes) - len(loaded.boxes))
 
 
-def _one_line(error: BaseException) -> str:
-    """The message of an error; of ITK's, the last line, which holds it."""
+def _message(error: BaseException) -> str:
+    """The message of an error in one line; of ITK's, the last, which holds it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = lines[-1] if lines[0].startswith("Exception thrown in SimpleITK") else " ".join(lines)
-    return text if isinstance(error, ConversionError) else f"cannot be read ({text})"
+    return lines[-1] if lines[0].startswith("Exception thrown in SimpleITK") else " ".join(lines)

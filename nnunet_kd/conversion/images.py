@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import SimpleITK as sitk
+from nibabel.nifti1 import Nifti1Image
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -28,7 +28,7 @@ def read_volume(file: Path) -> sitk.Image:
     except RuntimeError as error:
         if "orthonormal" not in str(error):
             raise
-    stored = nibabel.load(file)
+    stored = Nifti1Image.from_filename(file)
     to_lps = np.diag([-1.0, -1.0, 1.0]) @ stored.affine[:3]
     spacing = np.linalg.norm(to_lps[:, :3], axis=0)
     cosines = to_lps[:, :3] / spacing
@@ -78,6 +78,11 @@ def unsigned(array: NDArray[np.number], name: str) -> sitk.Image:
     if array.min() < 0 or array.max() > np.iinfo(np.uint16).max:
         raise ConversionError(f"{name} has values from {array.min()} to {array.max()}, and png holds 0 to 65535")
     return sitk.GetImageFromArray(array.astype(np.uint8 if array.max() <= np.iinfo(np.uint8).max else np.uint16))
+
+
+def upright(image: sitk.Image) -> sitk.Image:
+    """The same volume with its axes permuted and flipped to LPS, so that x, y and z mean the same in all cases."""
+    return sitk.DICOMOrient(image, "LPS")
 
 
 def array_of(image: sitk.Image) -> NDArray[np.number]:

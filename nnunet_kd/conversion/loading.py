@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nnunet_kd.conversion.base import Box, Loaded
-from nnunet_kd.conversion.images import read_grey, read_radiograph, read_volume, relabelled, union
+from nnunet_kd.conversion.images import read_grey, read_radiograph, read_volume, relabelled, union, upright
 
 
 def load_volumes(
-    images: Sequence[Path], segmentation: Path | None = None, values: Mapping[int, int] | None = None
+    images: Sequence[Path],
+    segmentation: Path | None = None,
+    values: Mapping[int, int] | None = None,
+    reorient: bool = False,
 ) -> Loaded:
     """Read one file per channel and the segmentation.
 
@@ -18,11 +21,14 @@ def load_volumes(
         images: Files of the channels.
         segmentation: None where there is none.
         values: Old to new label value; the others stay.
+        reorient: Bring the axes of all into one order and direction, for data sets where these vary.
     """
-    labels = None if segmentation is None else read_volume(segmentation)
+    read = [read_volume(file) for file in (*images, *([segmentation] if segmentation is not None else []))]
+    volumes = [upright(volume) for volume in read] if reorient else read
+    labels = volumes.pop() if segmentation is not None else None
     if labels is not None and values is not None:
         labels = relabelled(labels, values)
-    return Loaded(tuple(read_volume(file) for file in images), labels)
+    return Loaded(tuple(volumes), labels)
 
 
 def load_grey(image: Path, masks: Sequence[Path] = (), boxes: Sequence[Box] = ()) -> Loaded:
