@@ -25,8 +25,8 @@ PARTS_2023 = ("t1n", "t1c", "t2w", "t2f")
 CITATION = (
     "Baid U et al. The RSNA-ASNR-MICCAI BraTS 2021 benchmark on brain tumor segmentation and radiogenomic "
     "classification. arXiv:2107.02314. Menze BH et al. The multimodal brain tumor image segmentation benchmark "
-    "(BRATS). IEEE Trans Med Imaging 2015;34(10):1993-2024. Bakas S et al. Advancing The Cancer Genome Atlas glioma MRI "
-    "collections with expert segmentation labels and radiomic features. Sci Data 2017;4:170117."
+    "(BRATS). IEEE Trans Med Imaging 2015;34(10):1993-2024. Bakas S et al. Advancing The Cancer Genome Atlas glioma "
+    "MRI collections with expert segmentation labels and radiomic features. Sci Data 2017;4:170117."
 )
 
 

@@ -94,8 +94,8 @@ def _findings(root: Path) -> dict[str, dict[str, str]]:
 
 
 CITATION = (
-    "Wang X, Peng Y, Lu L, Lu Z, Bagheri M, Summers RM. ChestX-ray8: Hospital-scale chest X-ray database and benchmarks "
-    "on weakly-supervised classification and localization of common thorax diseases. CVPR 2017."
+    "Wang X, Peng Y, Lu L, Lu Z, Bagheri M, Summers RM. ChestX-ray8: Hospital-scale chest X-ray database and "
+    "benchmarks on weakly-supervised classification and localization of common thorax diseases. CVPR 2017."
 )
 LICENCE = "Free to use, by its page; cite the paper and name the NIH Clinical Center"
 URL = "https://nihcc.app.box.com/v/ChestXray-NIHCC"

@@ -90,6 +90,7 @@ def convert(
     folder = _folder(converter, raw_root, dataset_id)
     report = _begun(converter, source, folder)
     if report["finished"]:
+        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)  # of a run killed at its very end
         return Report(folder, report, was_there=True)
     with _explaining(converter):
         found = list(converter.find(source))
