@@ -1,4 +1,4 @@
-"""What must hold of a case before it is written: one grid, declared labels, finite intensities, boxes in the image."""
+"""What must hold of a case before it is written: one grid, declared labels, boxes inside the image."""
 
 from __future__ import annotations
 
@@ -32,8 +32,6 @@ def checked(loaded: Loaded, converter: Converter, labelled: bool) -> Loaded:
     first = loaded.images[0]
     for name, image in zip(converter.channels, loaded.images, strict=True):
         _check_grid(first, image, f"channel {name}")
-        if not np.isfinite(array_of(image)).all():
-            raise ConversionError(f"channel {name} holds values that are not finite")
     images = (first, *(like(array_of(image), first) for image in loaded.images[1:]))
     segmentation = loaded.segmentation if labelled else None
     if labelled and converter.labels is not None and segmentation is None:

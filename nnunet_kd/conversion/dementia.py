@@ -10,7 +10,8 @@ segmentation, is not converted.
 ADNI needs, exactly: the CSV of an image collection as LONI writes it (columns ``Image Data ID``, ``Subject``,
 ``Group``; any name, one CSV in the folder) and NIfTI files anywhere below whose names end in the image id,
 ``..._I45108.nii`` or ``.nii.gz``, as its NIfTI downloads do. The ids of the table may lack the leading I. Classes are
-the groups that occur (CN, MCI, AD, ...). Header by public code that reads such tables; the names of the files could not be confirmed.
+the groups that occur (CN, MCI, AD, ...). Header by public code that reads such tables; the names of the files could
+not be confirmed.
 """
 
 from __future__ import annotations

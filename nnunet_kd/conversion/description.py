@@ -92,6 +92,7 @@ def _write_side_files(
 
 
 def _case_boxes(boxes: Sequence[Box], classes: Sequence[str]) -> CaseBoxes:
-    corners = np.array([box.edges for box in boxes], dtype=np.float64).reshape(len(boxes), -1)
+    num_edges = len(boxes[0].edges) if boxes else 4
+    corners = np.array([box.edges for box in boxes], dtype=np.float64).reshape(-1, num_edges)
     labels = np.array([classes.index(box.label) for box in boxes], dtype=np.int64)
-    return CaseBoxes(labels, flip_axes(corners) if len(boxes) else np.zeros((0, 4)))
+    return CaseBoxes(labels, flip_axes(corners))

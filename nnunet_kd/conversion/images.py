@@ -19,6 +19,8 @@ SKEW_TOLERANCE = 0.02  # of direction cosines, what is rounded away from axes th
 def read_volume(file: Path) -> sitk.Image:
     """Read a volume; NIfTI axes not quite at right angles, which ITK refuses, become the nearest that are.
 
+    Values of a NIfTI file that are not finite become 0, which is what ITK does with them.
+
     Raises:
         ConversionError: The axes are too far from right angles to be rounded.
         RuntimeError: The file is missing or broken.
@@ -36,7 +38,8 @@ def read_volume(file: Path) -> sitk.Image:
     direction = left @ right
     if np.abs(direction - cosines).max() > SKEW_TOLERANCE:
         raise ConversionError(f"the axes of {file.name} are not at right angles")
-    image = sitk.GetImageFromArray(np.asanyarray(stored.dataobj).transpose(2, 1, 0))
+    array = np.nan_to_num(np.asanyarray(stored.dataobj), posinf=0, neginf=0)
+    image = sitk.GetImageFromArray(array.transpose(2, 1, 0))
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(to_lps[:, 3].tolist())
     image.SetDirection(direction.ravel().tolist())
@@ -52,7 +55,7 @@ def read_grey(file: Path) -> sitk.Image:
 
 
 def read_radiograph(file: Path) -> sitk.Image:
-    """Read a DICOM file of one grey image as unsigned 2D; MONOCHROME1 is inverted, so that air is always dark.
+    """Read a DICOM file of one grey image as unsigned 2D; ITK inverts MONOCHROME1, so that air is always dark.
 
     Raises:
         ConversionError: It is not one grey image, or has values that 16 bits do not hold.
@@ -62,11 +65,7 @@ def read_radiograph(file: Path) -> sitk.Image:
     array = sitk.GetArrayFromImage(image)
     if image.GetNumberOfComponentsPerPixel() > 1 or (array.ndim == 3 and len(array) != 1):
         raise ConversionError(f"{file.name} is not one grey image")
-    array = array.reshape(array.shape[-2:])
-    key = "0028|0004"
-    if image.HasMetaDataKey(key) and image.GetMetaData(key).strip() == "MONOCHROME1":
-        array = array.max() - array
-    return unsigned(array, file.name)
+    return unsigned(array.reshape(array.shape[-2:]), file.name)
 
 
 def unsigned(array: NDArray[np.number], name: str) -> sitk.Image:

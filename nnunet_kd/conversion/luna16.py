@@ -169,6 +169,7 @@ LUNA16 = Converter(
     tcia-lidc-xml/157/158.xml ...        optional: LIDC-XML-only, for the malignancy
     metadata.csv                         optional: of TCIA's download, columns Series UID and Subject ID""",
     find=find,
+    specialise=specialise,
     channels=("CT",),
     box_classes=("nodule",),
     split_by="patient",

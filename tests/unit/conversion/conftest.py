@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from numpy.typing import ArrayLike
 from PIL import Image
 
@@ -71,11 +71,12 @@ def run(raw: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Converte
 
     def convert(name: str, source: Path, *arguments: str, processes: int = 1) -> Converted:
         capsys.readouterr()
-        before = set(raw.iterdir())
         parts = ["-i", str(source), "-o", str(raw), "-np", str(processes), "--disable_progress_bar", *arguments]
         main([name, *parts])
         printed = capsys.readouterr().out
-        (folder,) = set(raw.iterdir()) - before or before
+        match = re.search(rf"^(?:Wrote )?({raw}/Dataset\d{{3}}_\w+)(?::| was finished before)", printed, re.MULTILINE)
+        assert match is not None
+        folder = Path(match[1])
         dataset_json = json.loads((folder / "dataset.json").read_text())
         check(folder, dataset_json)
         return Converted(folder, dataset_json, json.loads((folder / "conversion_report.json").read_text()), printed)
@@ -87,16 +88,21 @@ def check(folder: Path, dataset_json: dict[str, Any]) -> None:
     assert verify_dataset(folder.name, show_progress=False).problems == ()
     segmented = dataset_json.get("nnunet_kd", {}).get("tasks", {}).get("segmentation", True)
     reader = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)()
-    cases = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
+    ending = dataset_json["file_ending"]
+    first = f"_0000{ending}"
+    cases = [file.name.removesuffix(first) for file in (folder / "imagesTr").glob(f"*{first}")]
+    num_channels = len(dataset_json["channel_names"])
     assert len(cases) == dataset_json["numTraining"]
+    assert len(list((folder / "imagesTr").iterdir())) == len(cases) * num_channels
     declared = {0}
     for value in dataset_json["labels"].values():
         declared.update([value] if isinstance(value, int) else value)
-    for files in cases.values():
-        images, properties = reader.read_images(files["images"])
-        assert images.shape[0] == len(dataset_json["channel_names"])
+    for case in cases:
+        files = [str(folder / "imagesTr" / f"{case}_{channel:04d}{ending}") for channel in range(num_channels)]
+        images, properties = reader.read_images(files)
+        assert images.shape[0] == num_channels
         if segmented:
-            labels, own = reader.read_seg(files["label"])
+            labels, own = reader.read_seg(str(folder / "labelsTr" / f"{case}{ending}"))
             assert labels.shape[1:] == images.shape[1:]
             assert own["spacing"] == properties["spacing"]
             assert set(np.unique(labels).tolist()) <= declared
@@ -175,11 +181,13 @@ def radiograph() -> Callable[..., np.ndarray]:
         own = np.asarray(array)
         image = sitk.GetImageFromArray(own[None])
         image.SetMetaData("0008|0060", "CR")
-        image.SetMetaData("0028|0004", photometric)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".dcm")
         sitk.WriteImage(image, str(temporary))
-        temporary.rename(path)
+        content = temporary.read_bytes()
+        assert b"MONOCHROME2 " in content  # ITK writes nothing else
+        temporary.unlink()
+        path.write_bytes(content.replace(b"MONOCHROME2 ", f"{photometric} ".encode()))
         return own
 
     return write

@@ -29,10 +29,8 @@ def task(tmp_path: Path, volume, labels) -> Callable[..., Path]:
                     plain = {} if len(parts) == 1 else {"spacing": (1, 1, 1), "origin": (0, 0, 0)}
                     volume(root / "labelsTr" / path.name, labels(*range(1, len(structures))), **plain)
         (root / "imagesTr" / f"._{stem}_001.nii.gz").write_bytes(b"what macOS leaves in archives")
-        entries = [
-            {"image": f"./imagesTr/{stem}_{n:03d}.nii.gz", "label": f"./labelsTr/{stem}_{n:03d}.nii.gz"}
-            for n in (1, 14)
-        ]
+        files = [f"{stem}_001.nii.gz", f"{stem}_014.nii.gz"]
+        entries = [{"image": f"./imagesTr/{file}", "label": f"./labelsTr/{file}"} for file in files]
         content = {"name": name, "licence": "CC-BY-SA 4.0", "modality": channels, "labels": structures}
         content |= {"training": entries, "test": [f"./imagesTs/{stem}_002.nii.gz"], "numTraining": 2, "numTest": 1}
         (root / "dataset.json").write_text(json.dumps(content))
