@@ -1,11 +1,12 @@
 """Synapse (BTCV), AMOS22 and KiTS23: organs and tumours in abdominal CT and MRI.
 
-Synapse: layout of the folder Abdomen/RawData on Synapse; labels 1 to 13 in the order of its page. Cases keep the
-original's four digits. AMOS22: layout of the Zenodo record and nnU-Net's own converters; the record's dataset.json
-writes ``arota``, and names here are those of examples/leaderboards. Training set and official validation set become
-training and test set; the 240 images of the official test set, whose labels are not public, are not converted. KiTS23:
-layout of the challenge's repository; regions as in nnU-Net's own converter (``Dataset220_KiTS2023``). Axes of AMOS22
-and KiTS23 vary in the files and are brought into one order; nnU-Net's converters choose a reader that does that.
+Synapse: layout of the folder Abdomen/RawData on Synapse, by public code that reads it; labels 1 to 13 in the order of
+its page. Cases keep the original's four digits. AMOS22: layout of the Zenodo record and nnU-Net's own converters; the
+record's dataset.json writes ``arota``, and names here are those of examples/leaderboards. Training set and official
+validation set become training and test set; the 240 images of the official test set, whose labels are not public, are
+not converted. KiTS23: layout of the challenge's repository; regions as in nnU-Net's own converter
+(``Dataset220_KiTS2023``). Axes of AMOS22 and KiTS23 vary in the files and are brought into one order; nnU-Net's
+converters choose a reader that does that.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ AMOS22 = Converter(
 KITS23 = Converter(
     name="KiTS23",
     title="KiTS 2023: CT of 489 patients; kidneys, tumours and cysts",
-    licence="CC BY-NC-SA 4.0, by the challenge's page",
+    licence="CC BY-NC-SA, by the challenge's repository",
     citation="Heller N et al. The KiTS21 challenge: automatic segmentation of kidneys, renal tumors, and renal cysts "
     "in corticomedullary-phase CT. arXiv:2307.01984",
     url="https://github.com/neheller/kits23",

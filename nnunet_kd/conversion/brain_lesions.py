@@ -2,9 +2,9 @@
 
 BrainMetShare: two published layouts are read, by public code that uses them (the data set's page needs a login): png
 slices in folders 0 to 3 and seg, whose voxel size (0.94 x 0.94 x 1 mm) is not in the files and is set here; and NIfTI
-files bravo, t1_pre, t1_gd, flair and seg. Folder 0 is T1 gradient echo after contrast (bravo), 1 T1 spin echo before, 2
-T1 spin echo after contrast, 3 FLAIR. ISLES 2022: layout of the Zenodo record; file names by public code. Only DWI and
-ADC are taken: they share the grid of the mask, and FLAIR does not.
+files bravo, t1_pre, t1_gd, flair and seg. Folder 0 is T1 gradient echo after contrast (bravo), 1 T1 spin echo before,
+2 T1 spin echo after contrast, 3 FLAIR. ISLES 2022: both layouts and the names by public code. Only DWI and ADC are
+taken: they share the grid of the mask, and FLAIR does not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """DeepLesion: key slices of CT with boxes of lesions.
 
-Columns by DL_info.csv, layout and the offset of 32768 by its readme and public code that reads them. A case is a key
-slice, stored as a 2D NIfTI file in Hounsfield units with its pixel size. Boxes that the authors mark as possibly noisy
-are dropped. Not every lesion of a slice is marked, by the authors' paper. The type of a lesion is known for validation
-and test alone, so that there is one class. Train and validation become training cases, test the test set.
+Columns, layouts and the offset of 32768 by public code that reads them. A case is a key slice, stored as a 2D NIfTI
+file in Hounsfield units with its pixel size. Boxes that the authors mark as possibly noisy are dropped. Not every
+lesion of a slice is marked, by the authors' paper. The type of a lesion is known for validation and test alone, so
+that there is one class. Train and validation become training cases, test the test set.
 """
 
 from __future__ import annotations

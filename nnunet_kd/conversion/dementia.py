@@ -2,16 +2,15 @@
 
 OASIS-1 needs, exactly: the folders ``OAS1_NNNN_MRn`` of the discs, each with the skull-stripped, gain-field corrected
 atlas image ``PROCESSED/MPRAGE/T88_111/OAS1_NNNN_MRn_mpr_nK_anon_111_t88_masked_gfc.hdr`` and ``.img`` (K: number of
-averaged scans), and its table as ``oasis_cross-sectional.csv`` with the columns ``ID`` and ``CDR`` (0, 0.5, 1, 2; empty
-for young subjects: not labelled). The official table is a spreadsheet; save it as CSV. Names by public code that reads
-them. Analyze files say nothing reliable of left and right, so that axes are kept as stored. FSL_SEG, an automatic
-segmentation, is not converted.
+averaged scans), and its table as ``oasis_cross-sectional.csv`` with the columns ``ID`` and ``CDR`` (0, 0.5, 1, 2;
+empty for young subjects: not labelled). The official table is a spreadsheet; save it as CSV. Names by public code that
+reads them. Analyze files say nothing reliable of left and right, so that axes are kept as stored. FSL_SEG, an
+automatic segmentation, is not converted.
 
 ADNI needs, exactly: the CSV of an image collection as LONI writes it (columns ``Image Data ID``, ``Subject``,
 ``Group``; any name, one CSV in the folder) and NIfTI files anywhere below whose names end in the image id,
 ``..._I45108.nii`` or ``.nii.gz``, as its NIfTI downloads do. The ids of the table may lack the leading I. Classes are
-the groups that occur (CN, MCI, AD, ...). Header by public code that reads such tables; the names of the files could
-not be confirmed.
+the groups that occur (CN, MCI, AD, ...). Header and names of the files by public code that reads such downloads.
 """
 
 from __future__ import annotations

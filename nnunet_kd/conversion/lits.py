@@ -1,4 +1,7 @@
-"""LiTS: CT of the liver and its tumours. Layout by the challenge's two training archives and its test archive."""
+"""LiTS: CT of the liver and its tumours.
+
+Layout of the archives by public code that reads them; the licence could not be confirmed at its source.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def _number(file: Path) -> int:
 LITS = Converter(
     name="LiTS",
     title="Liver Tumor Segmentation Challenge: 131 training and 70 test CT volumes; liver and tumours",
-    licence="CC BY-NC-SA 4.0, by the challenge's page",
+    licence="CC BY-NC-SA 4.0, as usually stated; see its page",
     citation="Bilic P et al. The Liver Tumor Segmentation Benchmark (LiTS). Med Image Anal 2023;84:102680.",
     url="https://competitions.codalab.org/competitions/17094",
     dataset_id=513,

@@ -1,12 +1,13 @@
 """LUNA16: CT of the lungs with boxes of nodules; with LIDC-IDRI's readings, their malignancy.
 
-Layout and columns by the challenge's page. A nodule is given by its centre in mm and its diameter; its box is the cube
-around it. LIDC's XML files (``LIDC-XML-only.zip`` of TCIA) are optional: a reading of a nodule belongs to the LUNA16
-nodule whose centre lies within its radius from the centre of the reading's outlines, and the nodule's class is the
-median of its readings' malignancy, 1 to 5: below 3 benign, 3 (or no reading) indeterminate, above malignant (our
-design, after the usual reading of LIDC). The class of a scan is that of its most suspicious nodule. The centre of a
-reading takes columns and rows from its points and z in mm, as the XML has them. TCIA's ``metadata.csv`` is optional and
-tells the patient of a series; without it every scan is a patient of its own.
+Layout, columns and licence by the challenge's page; LIDC's XML by public code that reads it. A nodule is given by its
+centre in mm and its diameter; its box is the cube around it. LIDC's XML files (``LIDC-XML-only.zip`` of TCIA) are
+optional: a reading of a nodule belongs to the LUNA16 nodule whose centre lies within its radius from the centre of the
+reading's outlines, and the nodule's class is the median of its readings' malignancy, 1 to 5: below 3 benign, 3 (or no
+reading) indeterminate, above malignant (our design, after the usual reading of LIDC). The class of a scan is that of
+its most suspicious nodule. The centre of a reading takes columns and rows from its points and z in mm, as the XML has
+them. TCIA's ``metadata.csv`` is optional and tells the patient of a series; without it every scan is a patient of its
+own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """RSNA Pneumonia Detection Challenge: chest radiographs with boxes of lung opacities and one of three classes.
 
 Layout and columns by the challenge's data page. A patientId has one image and one row per box. DICOM files become png
-with their values as stored; MONOCHROME1 is inverted by ITK. Which images are of one
-NIH patient cannot be told from the files alone.
+with their values as stored; MONOCHROME1 is inverted by ITK. Which images are of one NIH patient cannot be told from
+the files alone.
 """
 
 from __future__ import annotations

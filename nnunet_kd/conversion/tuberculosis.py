@@ -1,7 +1,7 @@
 """Montgomery and Shenzhen: chest radiographs with lung masks and tuberculosis labels.
 
-Layout and names by the data sets' page of the National Library of Medicine and its readme files. The last digit of an
-image's name is its label: 0 normal, 1 tuberculosis.
+Layout and names by public code that downloads and reads them from the National Library of Medicine. The last digit of
+an image's name is its label: 0 normal, 1 tuberculosis.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""VinDr-CXR: chest radiographs with 28 findings and boxes.
+"""VinDr-CXR: chest radiographs with findings (22 local ones, and diagnoses of the whole image) and boxes.
 
-Layout by PhysioNet, or that of the Kaggle challenge, which has the training part with 14 classes of boxes. Findings are
-the columns of the files, by public code that reads them. Every training image was read by three radiologists: a finding
-is present where at least two named it; boxes of one finding that overlap (intersection over union of at least 0.4) are
-averaged, and boxes of findings that fewer than two named are dropped (our design). The test part of PhysioNet is a
-consensus and is taken as it is. DICOM files become png with their values as stored; MONOCHROME1 is inverted by ITK.
+Layout by PhysioNet, or that of the Kaggle challenge, which has the training part with 14 classes of boxes. Findings
+are the columns of the files, by public code that reads them. Every training image was read by three radiologists: a
+finding is present where at least two named it; boxes of one finding that overlap (intersection over union of at least
+0.4) are averaged, and boxes of findings that fewer than two named are dropped (our design). The test part of PhysioNet
+is a consensus and is taken as it is. DICOM files become png with their values as stored; MONOCHROME1 is inverted by
+ITK.
 """
 
 from __future__ import annotations
