@@ -164,8 +164,7 @@ def inside(folder: Path, *needed: str) -> Path:
     if found:
         several = ", ".join(child.name for child in found[:MAX_NAMED])
         raise ConversionError(f"{folder} holds several folders with {names}: {several}. Give one of them with -i.")
-    missing = [path for path in needed if not _has(folder, [path])]
-    raise ConversionError(f"There is no {' and no '.join(missing)} in {folder}, nor in a folder directly inside it.")
+    raise ConversionError(f"Neither {folder} nor a folder directly inside it holds {names}.")
 
 
 def is_test_folder(name: str) -> bool:
