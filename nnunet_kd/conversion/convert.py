@@ -133,7 +133,7 @@ def _explaining(converter: Converter) -> Iterator[None]:
         raise ConversionError(f"{error} {converter.name} must look like this:\n{converter.layout}") from error
     except (ValueError, KeyError) as error:
         raise ConversionError(
-            f"A table has a value that is not understood ({error!r}). {converter.name} must look like this:\n"
+            f"The download has a value that is not understood ({error!r}). {converter.name} must look like this:\n"
             f"{converter.layout}"
         ) from error
 
@@ -280,17 +280,20 @@ def write_case(converter: Converter, folder: Path, case: Case) -> Written | Left
     Raises:
         ConversionError: A file cannot be written.
     """
+    side, ending = "Tr" if case.training else "Ts", converter.file_ending
+    image_files = [f"images{side}/{case.name}_{index:04d}{ending}" for index in range(len(converter.channels))]
+    label_file = f"labels{side}/{case.name}{ending}"
     try:
         read = case.load()
         loaded = checked(read, converter, case.labelled)
     except UNREADABLE as error:
+        for relative in (*image_files, label_file):
+            (folder / relative).unlink(missing_ok=True)  # of a killed run, before the download was changed
         text = _message(error)
         return LeftOut(case.name, text if isinstance(error, ConversionError) else f"cannot be read ({text})")
-    side = "Tr" if case.training else "Ts"
-    ending = converter.file_ending
-    parts = [(f"images{side}/{case.name}_{index:04d}{ending}", image) for index, image in enumerate(loaded.images)]
+    parts = list(zip(image_files, loaded.images, strict=True))
     if loaded.segmentation is not None:
-        parts.append((f"labels{side}/{case.name}{ending}", loaded.segmentation))
+        parts.append((label_file, loaded.segmentation))
     for relative, image in parts:
         temporary = folder / WORK_FOLDER / relative.replace("/", "_")
         try:

@@ -66,6 +66,16 @@ def test_licence_citation_and_page_are_printed_first(
     assert f"The input folder {tmp_path / 'nowhere'} does not exist" in captured.err
 
 
+def test_licence_citation_and_page_stay_with_the_dataset(run, lits: Path) -> None:
+    result = run("LiTS", lits)
+    converter = CONVERTERS["LiTS"]
+    for content, page in ((result.dataset_json, "reference"), (result.report, "url")):
+        assert content["licence"] == converter.licence
+        assert content["citation"] == converter.citation
+        assert content[page] == converter.url
+    assert result.dataset_json["name"] == "Dataset513_LiTS"
+
+
 def test_the_list_has_a_line_for_every_dataset(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--list"])
     lines = capsys.readouterr().out.splitlines()
@@ -236,6 +246,21 @@ def test_boxes_of_cases_written_before_are_kept(run, fails, raw: Path, tmp_path:
     result = run("RSNA", tmp_path)
     assert result.boxes() == {"a": [("lung_opacity", [1, 2, 4.5, 6])], "b": [], "c": []}
     assert result.report["boxes_outside_image"] == {"a": 1}
+
+
+def test_what_a_killed_run_left_of_a_case_goes_with_the_case(run, fails, lits: Path, raw: Path) -> None:
+    volumes = {file: file.read_bytes() for file in lits.glob("volume-*")}
+    for file in volumes:
+        file.write_bytes(b"no volume")
+    fails("LiTS", lits)
+    for relative in ("imagesTr/lits_000_0000.nii.gz", "labelsTr/lits_000.nii.gz"):
+        (raw / "Dataset513_LiTS" / relative).write_bytes(b"not yet in the list of those that are done")
+    for file, content in volumes.items():
+        if file.name != "volume-0.nii":
+            file.write_bytes(content)
+    result = run("LiTS", lits)
+    assert list(result.left_out) == ["lits_000"]
+    assert result.cases("labelsTr") == [f"lits_{number:03d}" for number in range(1, NUM_CASES)]
 
 
 def test_a_finished_conversion_is_not_done_again(run, lits: Path) -> None:

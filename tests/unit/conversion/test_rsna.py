@@ -75,7 +75,7 @@ def test_a_value_that_is_no_number_is_a_clear_error(fails, download: Path) -> No
     with (download / "stage_2_train_labels.csv").open("a") as stream:
         stream.write("cc-03,left,2,3,4,1\n")
     message = fails("RSNA", download)
-    assert "a value that is not understood" in message
+    assert "a value that is not understood (ValueError" in message
     assert "left" in message
     assert "patientId,x,y,width,height,Target" in message
 
