@@ -1,8 +1,8 @@
-"""Reading what public datasets are stored in, as SimpleITK images, and small changes to label images."""
+"""Reading what public datasets are stored in, as SimpleITK images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -102,34 +102,16 @@ def like(array: NDArray[np.number], image: sitk.Image) -> sitk.Image:
     return result
 
 
-def relabelled(image: sitk.Image, values: Mapping[int, int]) -> sitk.Image:
-    """Exchange label values; those that are not named stay.
-
-    Args:
-        image: Labels.
-        values: Old to new value.
-    """
-    array = array_of(image)
-    result = array.copy()
-    for old, new in values.items():
-        result[array == old] = new
-    return like(result, image)
-
-
-def union(masks: Sequence[sitk.Image], labels: Sequence[int]) -> sitk.Image:
-    """One label image of several masks; where they overlap, the later one wins.
-
-    Args:
-        masks: Everything that is not 0 belongs to the mask.
-        labels: Value of each.
+def union(masks: Sequence[sitk.Image]) -> sitk.Image:
+    """What belongs to any of several masks (values above 0), as label 1.
 
     Raises:
         ConversionError: The sizes differ.
     """
     result = np.zeros(array_of(masks[0]).shape, dtype=np.uint8)
-    for mask, label in zip(masks, labels, strict=True):
+    for mask in masks:
         array = array_of(mask)
         if array.shape != result.shape:
             raise ConversionError(f"masks of one image have the sizes {result.shape[::-1]} and {array.shape[::-1]}")
-        result[array != 0] = label
+        result[array > 0] = 1
     return like(result, masks[0])

@@ -9,13 +9,12 @@ from pathlib import Path
 from nnunet_kd.errors import ConversionError
 
 
-def read_table(file: Path, columns: Sequence[str], delimiter: str = ",") -> list[dict[str, str]]:
+def read_table(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Rows of a CSV file with a header as column to stripped text.
 
     Args:
         file: The file, in UTF-8.
         columns: Columns that must be there; others are kept too.
-        delimiter: Between values.
 
     Raises:
         ConversionError: The file is missing or not UTF-8, or a column is missing.
@@ -24,7 +23,7 @@ def read_table(file: Path, columns: Sequence[str], delimiter: str = ",") -> list
         raise ConversionError(f"There is no {file}.")
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, delimiter=delimiter, skipinitialspace=True)
+            reader = csv.DictReader(stream, skipinitialspace=True)
             header = [name.strip() for name in reader.fieldnames or []]
             reader.fieldnames = header
             rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
