@@ -235,6 +235,8 @@ def test_boxes_of_cases_written_before_are_kept(run, fails, raw: Path, tmp_path:
     radiograph(tmp_path / "stage_2_train_images" / "c.dcm", np.zeros((8, 10), dtype=np.uint16) + 70)
     (tmp_path / "stage_2_train_images" / "c.dcm").write_bytes(b"")
     assert "No training case" in fails("RSNA", tmp_path)
+    with (raw / "Dataset541_RSNAPneumonia" / ".conversion" / "cases.jsonl").open("a") as stream:
+        stream.write('{"case": "x')  # what a kill in the middle of a line leaves
     in_the_way.mkdir()  # c cannot be written, after a was
     for name in ("a", "b"):
         (tmp_path / f"{name}.dcm").rename(tmp_path / "stage_2_train_images" / f"{name}.dcm")
@@ -243,7 +245,11 @@ def test_boxes_of_cases_written_before_are_kept(run, fails, raw: Path, tmp_path:
     assert f"{in_the_way} cannot be written" in message
     assert "goes on where it stopped" in message
     in_the_way.rmdir()
+    before = _stamps(raw)
     result = run("RSNA", tmp_path)
+    for name in ("a", "b"):
+        file = f"Dataset541_RSNAPneumonia/imagesTr/{name}_0000.png"
+        assert _stamps(raw)[file] == before[file]
     assert result.boxes() == {"a": [("lung_opacity", [1, 2, 4.5, 6])], "b": [], "c": []}
     assert result.report["boxes_outside_image"] == {"a": 1}
 
