@@ -33,3 +33,7 @@ class UnlabeledError(NnUNetKDError):
 
 class AdaptationError(NnUNetKDError):
     """The source or the target of a domain adaptation is missing or unfit, or its training went wrong."""
+
+
+class ConversionError(NnUNetKDError):
+    """A public dataset cannot be converted, or a case of it is left out."""

@@ -16,7 +16,7 @@ LEVELS = (
     ("errors", "environment", "files", "settings", "spaces"),
     ("losses", "networks", "tasks"),
     ("teachers", "data"),
-    ("training", "inference", "evaluation"),
+    ("training", "inference", "evaluation", "conversion"),
     ("demo", "cli"),
     ("trainers", "planners"),
 )
