@@ -335,7 +335,7 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
             for row, image in zip(rows, (source, target), strict=True):
                 row.append(panel("without a code", image, "seg"))
             if translates:
-                rows[0].append(panel("source", source))
+                rows[0].append(panel("and back", self.network(self.network(source, "target"), "source")))
                 rows[1].append(panel("two steps", target, "two_step"))
             if stage == 2:
                 for row, image in zip(rows, (source, target), strict=True):

@@ -26,7 +26,7 @@ def draw_panels(file: Path, title: str, rows: Sequence[Sequence[Panel]]) -> None
     """
     figure = Figure(figsize=(2.6 * len(rows[0]), 2.9 * len(rows) + 0.4), dpi=80, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=11)
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for row, panels in zip(axes, rows, strict=True):
         # all panels of a row in the window of its first image, so that a change of intensities is seen
