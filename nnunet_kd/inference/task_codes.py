@@ -17,7 +17,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from numpy.typing import NDArray
-from skimage import io
+from PIL import Image
 from tqdm import tqdm
 
 from nnunet_kd.environment import replaced
@@ -134,7 +134,7 @@ def _write(
             if isinstance(reader, NaturalImage2DIO):
                 whole = np.iinfo(np.uint8 if original.max() < 256 else np.uint16)
                 pixels = np.rint(channels[:, 0]).clip(whole.min, whole.max).astype(whole.dtype)
-                io.imsave(named, pixels[0] if per_file == 1 else pixels.transpose(1, 2, 0), check_contrast=False)
+                Image.fromarray(pixels[0] if per_file == 1 else pixels.transpose(1, 2, 0)).save(named)
             else:
                 _write_itk(named, channels[0], properties["sitk_stuff"])
             named.replace(temporary)

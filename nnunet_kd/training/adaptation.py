@@ -277,9 +277,10 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
         self._refresh_self_code()
         super().on_train_epoch_end(train_outputs)
         steps = self.adversarial_steps
-        if steps.num_skipped:
-            self.print_to_log_file(f"{steps.num_skipped} of {steps.num_steps} steps were not finite and left out.")
-        if steps.num_skipped == steps.num_steps:
+        if steps.num_taken < steps.num_asked:
+            left_out = f"{steps.num_asked - steps.num_taken} of {steps.num_asked}"
+            self.print_to_log_file(f"{left_out} steps of the optimizers were not finite and left out.")
+        if not steps.num_taken:
             raise AdaptationError(
                 f"The training diverged: no step of epoch {self.current_epoch} was finite. Go on from the last "
                 f"checkpoint (--c) with a smaller 'adaptation.learning_rate' (it is "

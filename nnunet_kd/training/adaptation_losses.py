@@ -38,14 +38,14 @@ class Pair(NamedTuple):
 
 
 def make_pair(source: Tensor, target: Tensor, before: tuple[Tensor, Tensor] | None) -> Pair:
-    """Join source images [N, C, *S] and target images [M, C, *S].
+    """Join source images [N, C, *S] (domain 0) and target images [M, C, *S] (domain 1).
 
     Args:
         source: Of this iteration.
         target: Of this iteration.
         before: Source and target of the iteration before, of the same shapes; None takes the present ones.
     """
-    own = torch.tensor([SOURCE] * len(source) + [TARGET] * len(target), device=source.device)
+    own = (torch.arange(len(source) + len(target), device=source.device) >= len(source)).long()
 
     def of_other_domain(sources: Tensor, targets: Tensor) -> Tensor:
         for_sources = targets[torch.arange(len(source), device=source.device) % len(targets)]
@@ -53,7 +53,7 @@ def make_pair(source: Tensor, target: Tensor, before: tuple[Tensor, Tensor] | No
 
     second = (source, target) if before is None else before
     images = torch.cat((source, target))
-    return Pair(images, own, TARGET - own, of_other_domain(source, target), of_other_domain(*second))
+    return Pair(images, own, 1 - own, of_other_domain(source, target), of_other_domain(*second))
 
 
 class AdaptationLosses:

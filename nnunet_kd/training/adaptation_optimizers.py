@@ -57,6 +57,7 @@ class AdversarialSteps:
     """Backward passes and steps of some of the optimizers, each clipped by itself.
 
     A step with a gradient that is not finite is left out: by nnU-Net's gradient scaler where there is one, else here.
+    Steps are counted per optimizer, by a hook, so that nothing has to wait for the scaler.
 
     Args:
         optimizers: By name.
@@ -65,35 +66,36 @@ class AdversarialSteps:
 
     def __init__(self, optimizers: Mapping[str, torch.optim.Optimizer], scaler: torch.amp.GradScaler | None) -> None:
         self.optimizers, self.scaler = optimizers, scaler
-        self.num_steps = self.num_skipped = 0
+        self.num_asked = self.num_taken = 0
+        for optimizer in optimizers.values():
+            optimizer.register_step_post_hook(self._count)
 
     def __call__(self, loss: Tensor, *names: str) -> None:
         """Differentiate ``loss`` and step the named optimizers."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         chosen = [self.optimizers[name] for name in names]
-        self.num_steps += 1
+        self.num_asked += len(chosen)
         if self.scaler is None:
             loss.backward()
             norms = torch.stack([_clip(optimizer) for optimizer in chosen])
             if bool(norms.isfinite().all()):
                 for optimizer in chosen:
                     optimizer.step()
-            else:
-                self.num_skipped += 1
             return
-        before = self.scaler.get_scale()
         self.scaler.scale(loss).backward()
         for optimizer in chosen:
             self.scaler.unscale_(optimizer)
             _clip(optimizer)
             self.scaler.step(optimizer)
         self.scaler.update()
-        self.num_skipped += self.scaler.get_scale() < before
+
+    def _count(self, *_: Any) -> None:
+        self.num_taken += 1
 
     def start_counting(self) -> None:
         """An epoch begins."""
-        self.num_steps = self.num_skipped = 0
+        self.num_asked = self.num_taken = 0
 
 
 def _clip(optimizer: torch.optim.Optimizer) -> Tensor:

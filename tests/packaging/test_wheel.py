@@ -19,6 +19,7 @@ TRAINERS = {
     "nnUNetTrainerKDControl": "nnunet_kd.training.control",
     "nnUNetTrainerSIKDTeacher": "nnunet_kd.training.shape_intensity",
     "nnUNetTrainerDINOMix": "nnunet_kd.training.dino_mix",
+    "nnUNetTrainerAdaIN": "nnunet_kd.training.adaptation",
     "nnUNetTrainerSIKDStudent": "nnunet_kd.training.shape_intensity",
 }
 BUILD_INPUTS = ("setup.py", "pyproject.toml", "LICENSE", "README.md", "nnunet_kd", "trainers", "planners", "tests")

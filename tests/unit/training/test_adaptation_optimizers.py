@@ -52,7 +52,7 @@ def test_each_optimizer_is_clipped_by_itself_and_only_the_named_ones_step() -> N
     assert first.weight.item() == pytest.approx(-12, rel=1e-4)  # clipped to nnU-Net's norm
     assert second.weight.item() == pytest.approx(-3)
     assert third.weight.item() == 0
-    assert (steps.num_steps, steps.num_skipped) == (1, 0)
+    assert (steps.num_asked, steps.num_taken) == (2, 2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -62,12 +62,12 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(value: float) -> None
     steps = AdversarialSteps({"only": adam(layer, 0.1)}, None)
     steps((layer(torch.ones(1, 1)) * value).sum(), "only")
     assert torch.equal(layer.weight, before)
-    assert (steps.num_steps, steps.num_skipped) == (1, 1)
+    assert (steps.num_asked, steps.num_taken) == (1, 0)
     steps(layer(torch.ones(1, 1)).sum(), "only")
     assert not torch.equal(layer.weight, before)
-    assert (steps.num_steps, steps.num_skipped) == (2, 1)
+    assert (steps.num_asked, steps.num_taken) == (2, 1)
     steps.start_counting()
-    assert (steps.num_steps, steps.num_skipped) == (0, 0)
+    assert (steps.num_asked, steps.num_taken) == (0, 0)
 
 
 def test_with_a_gradient_scaler() -> None:
@@ -81,4 +81,4 @@ def test_with_a_gradient_scaler() -> None:
     steps(layer(torch.ones(1, 1)).sum() * math.inf, "only")
     assert layer.weight.item() == pytest.approx(-3)
     assert scaler.get_scale() == 512.0
-    assert (steps.num_steps, steps.num_skipped) == (2, 1)
+    assert (steps.num_asked, steps.num_taken) == (2, 1)
