@@ -56,8 +56,8 @@ def evaluate_on_grid(
         raise NnUNetKDError("The metrics on the resized grid are for plain labels, not for regions.")
     rows = []
     for case, reference, prediction, _ in read_pairs(reference_folder, prediction_folder, dataset_json, cases):
-        pair = (resize_labels(array, grid) for array in (reference, prediction))
-        for name, dice, distance in zip(classes, *dice_and_distance(*pair, labels), strict=True):
+        scores = dice_and_distance(resize_labels(reference, grid), resize_labels(prediction, grid), labels)
+        for name, dice, distance in zip(classes, *scores, strict=True):
             row = {"dice_percent": dice, "average_surface_distance_voxels": distance}
             rows.append({"case": case, "class": name, **row})
     return pd.DataFrame(rows)

@@ -144,8 +144,10 @@ def _compared(comparison: PairedComparison) -> dict[str, Any]:
     }
 
 
-def to_markdown(table: pd.DataFrame, *, metric: str = "Dice", level: float = 0.95, digits: int = 3) -> str:
-    """The table of :func:`summarize` as Markdown, with aligned columns."""
+def to_cells(
+    table: pd.DataFrame, *, metric: str = "Dice", level: float = 0.95, digits: int = 3
+) -> tuple[list[str], list[list[str]]]:
+    """The table of :func:`summarize` as texts: a header and a line per row."""
     percent = f"{100 * level:g}%"
     header = [
         "dataset",
@@ -180,6 +182,16 @@ def to_markdown(table: pd.DataFrame, *, metric: str = "Dice", level: float = 0.9
                 _p_value(line["p_holm"]),
             ]
         )
+    return header, body
+
+
+def to_markdown(table: pd.DataFrame, *, metric: str = "Dice", level: float = 0.95, digits: int = 3) -> str:
+    """The table of :func:`summarize` as Markdown, with aligned columns."""
+    return markdown_table(*to_cells(table, metric=metric, level=level, digits=digits))
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Texts as Markdown, with aligned columns."""
     widths = [max(len(row[column]) for row in [header, *body]) for column in range(len(header))]
     rule = ["-" * width for width in widths]
     rows = [header, rule, *body]

@@ -43,17 +43,23 @@ def measure(run: Run, heads: Mapping[str, str] | None = None) -> dict[str, Any]:
     Returns:
         ``train_seconds``, ``num_steps``, ``seconds_per_step``, ``device``, ``device_name``, ``inference_seconds``,
         ``networks`` (dataset to ``parameters`` and ``gflops`` of a patch), ``training_cases`` (dataset folder to cases
-        that it or its teachers have seen), ``leaked_cases`` (of its own validation, by teacher), ``transductive_cases``.
+        that it or its teachers have seen), ``leaked_cases`` (of its own validation, by teacher) and
+        ``transductive_cases``.
     """
     checkpoint = load_checkpoint(run.fold_folder / "checkpoint_final.pth")
     extra = checkpoint.get(BLOCK, {})
-    device = _debug(run.fold_folder)
+    if heads is None:
+        networks = {run.group: _network(run, None)}
+    else:
+        networks = {name: _network(run, head) for name, head in heads.items()}
     return {
         **_training(checkpoint, extra),
-        **device,
+        **_debug(run.fold_folder),
         "inference_seconds": _inference_seconds(run.fold_folder),
-        "networks": {name: _network(run, head) for name, head in (heads or {run.group: None}).items()},
-        "training_cases": {name: [str(case) for case in cases] for name, cases in extra.get("training_cases", {}).items()},
+        "networks": networks,
+        "training_cases": {
+            name: [str(case) for case in cases] for name, cases in extra.get("training_cases", {}).items()
+        },
         "leaked_cases": {
             name: list(own["leaked_cases"]) for name, own in extra.get("teachers", {}).items() if own["leaked_cases"]
         },
@@ -102,7 +108,11 @@ def _network(run: Run, head: str | None) -> dict[str, Any]:
     """Parameters and FLOPs of what is deployed."""
     with environment({TRAINERS_VARIABLE: add_trainers_folder(os.environ.get(TRAINERS_VARIABLE, ""))}):
         predictor = build_predictor(
-            open_model(run.model_folder, [run.fold]), head=head, device=torch.device("cpu"), verbose=False, allow_tqdm=False
+            open_model(run.model_folder, [run.fold]),
+            head=head,
+            device=torch.device("cpu"),
+            verbose=False,
+            allow_tqdm=False,
         )
     network = predictor.network
     parameters = sum(own.numel() for own in network.parameters())

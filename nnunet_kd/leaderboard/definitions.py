@@ -45,7 +45,7 @@ class Dataset:
     name: str
     title: str = ""
     tasks: list[Literal["segmentation", "classification", "detection"]] = field(
-        default_factory=lambda: ["segmentation"]  # type: ignore[arg-type]
+        default_factory=lambda: ["segmentation"]
     )
     splits: Splits | Literal["existing"] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -113,8 +113,8 @@ class Method:
     """A trainer with settings.
 
     ``on_joints``: trained on these joint datasets instead of each dataset; its lines are those of its heads.
-    ``teachers``: name of a teacher in the settings -> method that trains it, on the same fold and seed. ``plans``: other
-    plans than the recipe's. ``datasets``: null is all (of a joint teacher: all members). ``in_table``: false for a
+    ``teachers``: name of a teacher in the settings -> method that trains it, on the same fold and seed. ``plans``:
+    others than the recipe's. ``datasets``: null is all (of a joint teacher: all members). ``in_table``: false for a
     teacher that is trained for its students alone.
     """
 

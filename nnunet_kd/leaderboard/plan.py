@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from nnunet_kd.leaderboard.definitions import Dataset, Recipe
+from nnunet_kd.leaderboard.metrics import METRICS
 from nnunet_kd.leaderboard.runs import Evaluation, Run, evaluations_of, hash_of, runs_of, test_of
 from nnunet_kd.settings import ENVIRONMENT_VARIABLE, merge
 
@@ -83,6 +84,13 @@ class Plan:
     runs: list[Run]
     evaluations: list[Evaluation]
 
+    def has_segmentation(self, evaluation: Evaluation) -> bool:
+        """Whether segmentations are scored case by case."""
+        kinds = {METRICS[name].kind for name in self.recipe.metrics}
+        dataset = self.recipe.datasets[evaluation.dataset]
+        on_grid = "resized_grid" in kinds and bool(dataset.grid)
+        return "segmentation" in dataset.tasks and ("segmentation" in kinds or on_grid)
+
 
 def make_plan(recipe: Recipe, recipe_file: Path, out: Path, machine: Machine) -> Plan:
     """Lay out the jobs of a recipe; nothing is read or written.
@@ -134,7 +142,14 @@ class _Builder:
                 own[:] = dict.fromkeys([*own, self.add(job)])
         for name, joint in self.recipe.joints.items():
             members = [self.recipe.datasets[member] for member in joint.members]
-            more = ("--joint", str(joint.id), "--joint_name", joint.name, "--width", f"{joint.width:g}")
+            more: tuple[str, ...] = (
+                "--joint",
+                str(joint.id),
+                "--joint_name",
+                joint.name,
+                "--width",
+                f"{joint.width:g}",
+            )
             more += ("-plans_name", joint.plans, *(("--heads", joint.heads) if joint.heads else ()))
             self._plan(f"plan_joint_{name}", members, more)
             self.ready[joint.folder] = [f"plan_joint_{name}"]
@@ -155,7 +170,14 @@ class _Builder:
     def _plan(self, name: str, datasets: list[Dataset], more: tuple[str, ...]) -> None:
         plans = self.recipe.plans
         ids = list(dict.fromkeys(str(dataset.id) for dataset in datasets))
-        command = ("nnUNetKD_plan_and_preprocess", "-d", *ids, *more, "-c", *self.recipe.configurations)
+        command: tuple[str, ...] = (
+            "nnUNetKD_plan_and_preprocess",
+            "-d",
+            *ids,
+            *more,
+            "-c",
+            *self.recipe.configurations,
+        )
         command += ("-p", plans.base, "-pl", plans.planner)
         if plans.gpu_memory_target is not None:
             command += ("-gpu_memory_target", f"{plans.gpu_memory_target:g}")
@@ -171,7 +193,7 @@ class _Builder:
         student = self.recipe.plans.student
         if student is None:
             return
-        command = ("nnUNetKD_plan_student", "-d", str(dataset.id), "-p", self.recipe.plans.base)
+        command: tuple[str, ...] = ("nnUNetKD_plan_student", "-d", str(dataset.id), "-p", self.recipe.plans.base)
         command += ("--width", f"{student.width:g}", "--min_features", str(student.min_features))
         name = f"plan_student_{dataset.folder}"
         needs = tuple(self.ready[dataset.folder])
@@ -182,7 +204,15 @@ class _Builder:
 
     def train(self, run: Run) -> None:
         machine = self.machine
-        arguments = [str(int(run.folder_name[7:10])), run.configuration, str(run.fold), "-tr", run.trainer, "-p", run.plans]
+        arguments = [
+            str(int(run.folder_name[7:10])),
+            run.configuration,
+            str(run.fold),
+            "-tr",
+            run.trainer,
+            "-p",
+            run.plans,
+        ]
         arguments += ["-device", machine.device, "--c"]  # --c starts from the beginning where there is no checkpoint
         if machine.nodes > 1:
             command = ["torchrun", "--nnodes", str(machine.nodes), "--nproc_per_node", str(machine.num_gpus)]
@@ -213,12 +243,22 @@ class _Builder:
         else:
             images, job = self._inputs(evaluation.dataset, evaluation.test, run.fold)
             needs.append(job)
-        model = ("nnUNetKD_predict", "-m", str(run.model_folder))
+        model: tuple[str, ...] = ("nnUNetKD_predict", "-m", str(run.model_folder))
         if run.group in self.recipe.joints:
             model += ("--head", dataset.folder)
         elif dataset.is_segmentation_only:
-            model = ("nnUNetv2_predict", "-d", str(dataset.id), "-c", run.configuration, "-tr", run.trainer, "-p", run.plans)
-        command = (*model, "-f", str(run.fold), "-i", images, "-o", str(evaluation.predictions))
+            model = (
+                "nnUNetv2_predict",
+                "-d",
+                str(dataset.id),
+                "-c",
+                run.configuration,
+                "-tr",
+                run.trainer,
+                "-p",
+                run.plans,
+            )
+        command: tuple[str, ...] = (*model, "-f", str(run.fold), "-i", images, "-o", str(evaluation.predictions))
         command += ("-device", self.machine.device)
         if self.machine.device == "cpu":
             command += ("-npp", "0", "-nps", "0")
@@ -226,7 +266,9 @@ class _Builder:
         name = f"predict_{evaluation.test}_with_{run.name}"
         if run.group in self.recipe.joints:
             name += f"_{evaluation.dataset}"
-        self.add(Job(name, command, tuple(needs), environment, evaluation=evaluation, outputs=(evaluation.predictions,)))
+        self.add(
+            Job(name, command, tuple(needs), environment, evaluation=evaluation, outputs=(evaluation.predictions,))
+        )
 
     def _inputs(self, dataset: str, name: str, fold: int) -> tuple[str, str]:
         """The folder with the images of another dataset, and the job that links them there."""
@@ -234,8 +276,8 @@ class _Builder:
         other = self.recipe.datasets[str(test.dataset)]
         folder = inputs_folder(self.out, other, None if test.cases == "all" else fold)
         job = f"inputs_{folder.parent.name}_{folder.name}"
-        command = (TOOL, "prepare", str(self.recipe_file), "-o", str(self.out), "--dataset", str(test.dataset))
-        command += ("--inputs", folder.name)
+        command: tuple[str, ...] = (TOOL, "prepare", str(self.recipe_file), "-o", str(self.out))
+        command += ("--dataset", str(test.dataset), "--inputs", folder.name)
         self.add(Job(job, command, tuple(self.ready.get(other.folder, ())), self.folders))
         return str(folder), job
 

@@ -12,11 +12,35 @@ from nnunet_kd.data.splits import member_splits
 from nnunet_kd.evaluation.reference import ReferenceDataset
 from nnunet_kd.files import write_json
 from nnunet_kd.leaderboard.definitions import Dataset, Recipe, Splits
-from nnunet_kd.leaderboard.plan import folders_environment, raw_folder
+from nnunet_kd.leaderboard.plan import folders_environment, inputs_folder, raw_folder
 from nnunet_kd.leaderboard.yaml_lines import RecipeError
 from nnunet_kd.settings import BLOCK
 
 SPLITS_FILE = "splits_final.json"
+
+
+def prepare(recipe: Recipe, name: str, out: Path, inputs: str | None) -> None:
+    """The command ``prepare`` of a plan.
+
+    Args:
+        recipe: The recipe.
+        name: Key of the dataset.
+        out: The output folder.
+        inputs: None prepares the dataset, "all" or "fold_F" links the images of a test set.
+
+    Raises:
+        NnUNetKDError: The dataset is unknown, or see :func:`prepare_dataset` and :func:`link_inputs`.
+    """
+    if name not in recipe.datasets:
+        raise RecipeError(f"The recipe has no dataset '{name}'. It has: {', '.join(recipe.datasets)}.")
+    if inputs is None:
+        prepare_dataset(recipe, name, out)
+        return
+    fold = inputs.removeprefix("fold_")
+    if inputs != "all" and not fold.isdigit():
+        raise RecipeError(f"--inputs {inputs} is not possible. Give all, or fold_F.")
+    number = None if inputs == "all" else int(fold)
+    link_inputs(recipe, name, number, inputs_folder(out, recipe.datasets[name], number))
 
 
 def prepare_dataset(recipe: Recipe, name: str, out: Path) -> None:
@@ -72,7 +96,9 @@ def link_inputs(recipe: Recipe, name: str, fold: int | None, folder: Path) -> No
 def _link_raw(dataset: Dataset, source: Path, target: Path) -> None:
     """A raw folder that shares the files, and declares the tasks of the recipe alone."""
     if not (source / "dataset.json").is_file():
-        raise RecipeError(f"{source / 'dataset.json'} does not exist. Put {dataset.folder} there, or correct the recipe.")
+        raise RecipeError(
+            f"{source / 'dataset.json'} does not exist. Put {dataset.folder} there, or correct the recipe."
+        )
     target.mkdir(parents=True, exist_ok=True)
     for entry in source.iterdir():
         if entry.name != "dataset.json":
@@ -100,18 +126,22 @@ def _write_splits(dataset: Dataset, recipe: Recipe, out: Path) -> None:
     if not isinstance(dataset.splits, Splits):
         if not file.is_file():
             raise RecipeError(
-                f"{file} does not exist. The recipe has no lists of cases for {dataset.folder}: make the file from those "
-                f"of the protocol's authors."
+                f"{file} does not exist. The recipe has no lists of cases for {dataset.folder}: make the file from "
+                f"those of the protocol's authors."
             )
         return
     reference = ReferenceDataset.open(dataset.folder)
     cases, left_out = reference.segmented_cases(), {*dataset.splits.validation, *dataset.splits.left_out}
     unknown = [case for case in dataset.splits.validation if case not in cases]
     if unknown:
-        raise RecipeError(f"{dataset.folder} has no case {', '.join(unknown)}. Rename its cases as the recipe has them.")
+        raise RecipeError(
+            f"{dataset.folder} has no case {', '.join(unknown)}. Rename its cases as the recipe has them."
+        )
     split = {"train": [case for case in cases if case not in left_out], "val": list(dataset.splits.validation)}
     if file.is_file() and json.loads(file.read_text()) != [split]:
-        raise RecipeError(f"{file} exists and differs from the protocol. Move it away, or copy the dataset to another id.")
+        raise RecipeError(
+            f"{file} exists and differs from the protocol. Move it away, or copy the dataset to another id."
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, [split])
 

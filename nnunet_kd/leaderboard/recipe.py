@@ -154,7 +154,9 @@ def _check_joints(recipe: Recipe, file: YamlFile) -> None:
         where = f"joints.{name}"
         if not 1 <= joint.id <= 999 or joint.id in taken:
             other = f", which is {taken[joint.id]}" if joint.id in taken else ""
-            raise file.error_at(f"{where}.id", f"The joint dataset needs a free id from 1 to 999, not {joint.id}{other}.")
+            raise file.error_at(
+                f"{where}.id", f"The joint dataset needs a free id from 1 to 999, not {joint.id}{other}."
+            )
         taken[joint.id] = name
         if len(joint.members) < 2:
             raise file.error_at(f"{where}.members", "A joint dataset has at least two members.")
@@ -196,7 +198,9 @@ def _check_teacher(recipe: Recipe, name: str, teacher: str, other: str, dataset:
     joints = [joint for joint in method.on_joints if dataset in recipe.joints[joint].members]
     if method.on_joints and len(joints) != 1:
         which = "none" if not joints else "several"
-        message = f"Of the joint datasets of '{other}', {which} has '{dataset}' as a member. Restrict 'datasets' of '{name}'."
+        message = (
+            f"Of the joint datasets of '{other}', {which} has '{dataset}' as a member. Restrict 'datasets' of '{name}'."
+        )
         raise file.error_at(where, message)
     if not method.on_joints and dataset not in datasets_of(recipe, method):
         raise file.error_at(where, f"'{other}' is not trained on '{dataset}'. Restrict 'datasets' of '{name}'.")
@@ -231,7 +235,9 @@ def _check_metrics(recipe: Recipe, file: YamlFile) -> None:
             raise file.error_at(where, f"No dataset has the task of '{name}', {task_of(METRICS[name])}.")
         for key in able:
             if METRICS[name].kind == "resized_grid" and not recipe.datasets[key].grid:
-                raise file.error_at(f"datasets.{key}", f"'{name}' needs the 'grid' of the protocol, which '{key}' lacks.")
+                raise file.error_at(
+                    f"datasets.{key}", f"'{name}' needs the 'grid' of the protocol, which '{key}' lacks."
+                )
 
 
 def _check_reference(recipe: Recipe, file: YamlFile) -> None:

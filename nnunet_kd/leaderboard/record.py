@@ -47,7 +47,9 @@ def read_record(file: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise NnUNetKDError(f"{file} is broken ({error}). Move its folder away, so that the run is repeated.") from error
+        raise NnUNetKDError(
+            f"{file} is broken ({error}). Move its folder away, so that the run is repeated."
+        ) from error
     if not isinstance(content, dict) or "hash" not in content:
         raise NnUNetKDError(f"{file} is no record of a run. Move its folder away, so that the run is repeated.")
     return content
@@ -107,4 +109,6 @@ def _flat(value: Any, where: str = "") -> dict[str, Any]:
     """Nested objects as dotted keys."""
     if not isinstance(value, Mapping) or not value:
         return {where: value}
-    return {name: own for key, entry in value.items() for name, own in _flat(entry, f"{where}.{key}".strip(".")).items()}
+    return {
+        name: own for key, entry in value.items() for name, own in _flat(entry, f"{where}.{key}".strip(".")).items()
+    }

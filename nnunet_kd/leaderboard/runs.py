@@ -1,9 +1,9 @@
 """The trainings of a recipe, where they are, and what is evaluated of them.
 
 Variants must not overwrite each other, and nnU-Net names a model folder by trainer, plans and configuration alone. So
-every dataset (or joint dataset), method and seed has an nnUNet_results of its own, ``OUT/results/DATASET/METHOD/seed_S``,
-with nnU-Net's own folders in it: a stock command finds its model where that variable points, and a student is told its
-teacher's folder in its settings.
+every dataset (or joint dataset), method and seed has an nnUNet_results of its own, ``OUT/results/DATASET/METHOD/
+seed_S``, with nnU-Net's own folders in it: a stock command finds its model where that variable points, and a student is
+told its teacher's folder in its settings.
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ class Run:
         """What the trainer is told: the settings with the folders of the teachers."""
         models = {name: {"model": str(run.model_folder)} for name, run in self.teachers.items()}
         given = self.settings.get("teachers", {})
-        return {**self.settings, "teachers": {**given, **{name: {**given.get(name, {}), **own} for name, own in models.items()}}}
+        return {
+            **self.settings,
+            "teachers": {**given, **{name: {**given.get(name, {}), **own} for name, own in models.items()}},
+        }
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -136,10 +139,10 @@ def runs_of(recipe: Recipe, out: Path) -> list[Run]:
                     for seed in recipe.seeds:
                         place = (configuration, fold, seed)
                         teachers = {
-                            teacher: made[_group_of_teacher(recipe, other, group), other, *place]
+                            teacher: made[(_group_of_teacher(recipe, other, group), other, *place)]
                             for teacher, other in method.teachers.items()
                         }
-                        made[group, name, *place] = _run(recipe, out, group, name, *place, teachers)
+                        made[(group, name, *place)] = _run(recipe, out, group, name, *place, teachers)
     return list(made.values())
 
 

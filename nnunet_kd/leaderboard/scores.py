@@ -63,13 +63,17 @@ def _evaluate(recipe: Recipe, evaluation: Evaluation, kinds: Sequence[str], out:
     dataset = recipe.datasets[evaluation.dataset]
     own = ReferenceDataset.open(dataset.folder)
     references = references_of(recipe, evaluation, out)
-    classes = {name: value for value, name in enumerate(dataset.labels) if value} or foreground_classes(own.dataset_json)
+    classes = {name: value for value, name in enumerate(dataset.labels) if value} or foreground_classes(
+        own.dataset_json
+    )
     shared = (references.folder, evaluation.predictions, own.dataset_json)
     parts = []
     if "segmentation" in kinds:
         tolerance = dataset.tolerance_mm
         parts.append(
-            evaluate_folder(*shared, cases=references.cases, classes=classes, tolerance_mm=tolerance, show_progress=False)
+            evaluate_folder(
+                *shared, cases=references.cases, classes=classes, tolerance_mm=tolerance, show_progress=False
+            )
         )
     if "resized_grid" in kinds and dataset.grid:
         parts.append(evaluate_on_grid(*shared, dataset.grid, cases=references.cases, classes=classes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -17,12 +17,11 @@ QUOTED_KEY = re.compile(r"'([^']+)'")
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's true and false alone: in YAML 1.1 the key ``on`` of a term would be True."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [entry for entry in resolvers if entry[0] != BOOLEAN]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
-
+_Loader.yaml_implicit_resolvers = {
+    first: [entry for entry in resolvers if entry[0] != BOOLEAN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(BOOLEAN, re.compile(r"^(true|false)$"), list("tf"))
 
 
