@@ -65,11 +65,14 @@ def _print(plan: Plan) -> None:
     """The commands in an order in which a shell can run them."""
     print('eval "$(nnUNetKD_env)"')
     print(f"mkdir -p {shlex.quote(str(plan.out))}")
+    folders = folders_environment(plan.recipe, plan.out)
+    for name, value in folders.items():
+        print(f"export {name}={shlex.quote(value)}")
     numbers = {job.name: number for number, job in enumerate(plan.jobs, start=1)}
     for job in plan.jobs:
         needs = ", ".join(str(numbers[name]) for name in job.needs)
         print(f"\n# {numbers[job.name]} {job.name}" + (f", after {needs}" if needs else ""))
-        print(job.shell)
+        print(job.shell(folders))
 
 
 def _machine(args: argparse.Namespace) -> Machine:

@@ -16,6 +16,8 @@ MIN_PAIRS = 6
 RESOLUTION = 5e-13
 # Resamples are drawn in blocks of about this many numbers, which bounds the memory.
 BLOCK = 2_000_000
+# How often each case is drawn is kept for tables with up to this many numbers (40 MB).
+MAX_COUNTS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,11 @@ def _present(values: ArrayLike) -> NDArray[np.float64]:
 
 
 def _bootstrap_means(values: NDArray[np.float64], num_resamples: int, seed: int) -> NDArray[np.float64]:
-    if values.size * num_resamples <= BLOCK:
-        return _draw_counts(values.size, num_resamples, seed) @ values / values.size
+    if values.size * num_resamples <= MAX_COUNTS:
+        # deviations, so that single precision is enough
+        mean = values.mean()
+        deviations = _draw_counts(values.size, num_resamples, seed) @ (values - mean).astype(np.float32)
+        return mean + deviations.astype(np.float64) / values.size
     random = np.random.default_rng(seed)
     rows = max(1, BLOCK // values.size)
     means = []
@@ -149,13 +154,13 @@ def _bootstrap_means(values: NDArray[np.float64], num_resamples: int, seed: int)
     return np.concatenate(means)
 
 
-@lru_cache(maxsize=16)
-def _draw_counts(num_cases: int, num_resamples: int, seed: int) -> NDArray[np.float64]:
-    """How often each resample draws each case, [resamples, cases]: a table asks for the same one in every line."""
+@lru_cache(maxsize=4)
+def _draw_counts(num_cases: int, num_resamples: int, seed: int) -> NDArray[np.float32]:
+    """How often each resample draws each case, [resamples, cases]: a table asks for the same ones in every line."""
     indices = np.random.default_rng(seed).integers(0, num_cases, (num_resamples, num_cases))
     flat = indices + num_cases * np.arange(num_resamples)[:, None]
     counts = np.bincount(flat.ravel(), minlength=num_resamples * num_cases)
-    return counts.reshape(num_resamples, num_cases).astype(np.float64)
+    return counts.reshape(num_resamples, num_cases).astype(np.float32)
 
 
 def _wilcoxon(differences: NDArray[np.float64]) -> tuple[float, str]:

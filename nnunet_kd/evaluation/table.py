@@ -85,8 +85,9 @@ def summarize(
     if missing:
         msg = f"The rows have no column '{missing[0]}'. They have: {', '.join(map(str, rows.columns))}."
         raise NnUNetKDError(msg)
-    if control not in set(rows["method"]):
-        msg = f"No row belongs to the control '{control}'. Methods: {', '.join(sorted(set(rows['method'])))}."
+    methods_given = rows["method"].unique()
+    if control not in methods_given:
+        msg = f"No row belongs to the control '{control}'. Methods: {', '.join(sorted(methods_given))}."
         raise NnUNetKDError(msg)
     runs = [column for column in run_columns if column in rows]
     rows = _with_empty_predictions(rows, metric, best=1.0 if higher_is_better else 0.0)

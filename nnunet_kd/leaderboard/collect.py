@@ -18,6 +18,7 @@ from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.leaderboard.execute import known_costs
 from nnunet_kd.leaderboard.metrics import METRICS, task_of
 from nnunet_kd.leaderboard.plan import Job, Plan
+from nnunet_kd.leaderboard.recipe import configurations_of
 from nnunet_kd.leaderboard.record import State, changes, state_of
 from nnunet_kd.leaderboard.runs import Evaluation, Run, test_of
 from nnunet_kd.leaderboard.scores import case_scores
@@ -101,7 +102,7 @@ def place_of(plan: Plan, evaluation: Evaluation) -> dict[str, Any]:
     dataset = recipe.datasets[evaluation.dataset].title or evaluation.dataset
     if evaluation.test:
         dataset += f", tested on {evaluation.test}"
-    if len(recipe.configurations) > 1:
+    if len(configurations_of(recipe, evaluation.dataset)) > 1:
         dataset += f", {run.configuration}"
     return {"dataset": dataset, "method": method_title(plan, run.method), "fold": run.fold, "seed": run.seed}
 

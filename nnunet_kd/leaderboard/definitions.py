@@ -39,6 +39,7 @@ class Dataset:
     ``tests``: test sets by name. ``labels``: names of the labels 0, 1, ... where dataset.json does not have the names
     of the protocol. ``grid``: of the metrics on the resized grid, [z, y, x]. ``tolerance_mm``: of the normalised
     surface Dice. ``preparation``: commands after the planning, for example those of a method that plans itself.
+    ``configurations``: others than the recipe's.
     """
 
     id: int
@@ -55,6 +56,7 @@ class Dataset:
     grid: list[int] = field(default_factory=list)
     tolerance_mm: float = 2.0
     preparation: list[str] = field(default_factory=list)
+    configurations: list[str] | None = None
 
     @property
     def folder(self) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nnunet_kd.evaluation.ranks import Ranking, groups_alike
 
@@ -28,13 +29,14 @@ def png(figure: Figure) -> bytes:
 def box_plots(values: pd.DataFrame, title: str) -> Figure:
     """A panel per dataset with a box per method; ``values`` as in ``tables.MetricTable``."""
     datasets, methods = list(dict.fromkeys(values["dataset"])), list(dict.fromkeys(values["method"]))
-    figure, panels = _panels(len(datasets), extra_height=0.06 * max(map(len, methods)))
+    figure, panels = _panels(datasets, space_below=0.3 + 0.055 * max(map(len, methods)))
     of = {name: own["value"].to_numpy() for name, own in values.groupby(["dataset", "method"], sort=False)}
-    for panel, dataset in zip(panels, datasets, strict=True):
-        present = [method for method in methods if (dataset, method) in of]
-        panel.boxplot([of[dataset, method] for method in present], widths=0.6, flierprops={"markersize": 3})
-        panel.set_xticks(range(1, len(present) + 1), present, rotation=40, ha="right", fontsize=8)
-        panel.set_title(dataset, fontsize=9)
+    positions = range(1, len(methods) + 1)
+    for index, (panel, dataset) in enumerate(zip(panels, datasets, strict=True)):
+        own = [of.get((dataset, method), []) for method in methods]
+        panel.boxplot(own, positions=positions, widths=0.6, flierprops={"markersize": 3}, manage_ticks=False)
+        is_lowest = index + COLUMNS >= len(datasets)
+        panel.set_xticks(positions, methods if is_lowest else [""] * len(methods), rotation=40, ha="right", fontsize=8)
         panel.grid(axis="y", alpha=0.3)
     figure.supylabel(title, fontsize=9)
     return figure
@@ -46,22 +48,17 @@ def scatter(values: pd.DataFrame, control: str, title: str) -> Figure | None:
     methods = [method for method in dict.fromkeys(values["method"]) if method != control]
     if control not in wide or not methods:
         return None
-    pairs = {name: own.droplevel("dataset") for name, own in wide.groupby(level="dataset", sort=False)}
-    pairs = {name: own for name, own in pairs.items() if own[control].notna().any()}
+    pairs = {str(name): own for name, own in wide.groupby(level="dataset", sort=False) if own[control].notna().any()}
     if not pairs:
         return None
-    figure, panels = _panels(len(pairs))
+    figure, panels = _panels(list(pairs), space_below=0.5)
     colours = colormaps["tab10"]
-    for panel, (dataset, own) in zip(panels, pairs.items(), strict=True):
+    for panel, own in zip(panels, pairs.values(), strict=True):
         for index, method in enumerate(methods):
-            panel.scatter(
-                own[control], own[method], s=8, alpha=0.6, color=colours(index % 10), label=method, linewidths=0
-            )
+            panel.plot(own[control], own[method], ".", markersize=4, alpha=0.6, color=colours(index % 10), label=method)
         finite = own.to_numpy(dtype=float)
         low, high = np.nanmin(finite), np.nanmax(finite)
         panel.plot([low, high], [low, high], color="0.5", linewidth=0.8)
-        panel.set_title(dataset, fontsize=9)
-        panel.tick_params(labelsize=7)
     panels[0].legend(fontsize=6, loc="best", markerscale=1.5)
     figure.supxlabel(f"{title}, {control}", fontsize=9)
     figure.supylabel(f"{title}, method", fontsize=9)
@@ -110,12 +107,23 @@ def critical_difference_diagram(ranking: Ranking) -> Figure | None:
     return figure
 
 
-def _panels(count: int, extra_height: float = 0.0) -> tuple[Figure, Sequence[Axes]]:
-    columns = min(count, COLUMNS)
-    rows = math.ceil(count / columns)
-    width, height = PANEL_INCHES
-    figure = Figure(figsize=(width * columns, (height + extra_height) * rows), layout="constrained")
+def _panels(titles: Sequence[str], space_below: float) -> tuple[Figure, Sequence[Axes]]:
+    """Axes with titles in rows of ``COLUMNS``, ``space_below`` inches above the lower edge of the figure.
+
+    Margins are set here: laying them out by what the axes hold takes longer than all else.
+    """
+    columns = min(len(titles), COLUMNS)
+    rows = math.ceil(len(titles) / columns)
+    width, height = PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + space_below
+    figure = Figure(figsize=(width, height))
     panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
-    for panel in panels[count:]:
+    left, top = 0.75 / width, 1 - 0.35 / height
+    figure.subplots_adjust(left, space_below / height, 1 - 0.15 / width, top, wspace=0.22, hspace=0.28)
+    for panel, title in zip(panels, titles, strict=False):
+        panel.set_title(title, fontsize=9)
+        panel.tick_params(labelsize=7)
+        panel.yaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+    for panel in panels[len(titles) :]:
         panel.axis("off")
-    return figure, panels[:count]
+    return figure, panels[: len(titles)]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from nnunet_kd.leaderboard.definitions import Dataset, Recipe
 from nnunet_kd.leaderboard.metrics import METRICS
+from nnunet_kd.leaderboard.recipe import configurations_of
 from nnunet_kd.leaderboard.runs import Evaluation, Run, evaluations_of, hash_of, runs_of, test_of
 from nnunet_kd.settings import ENVIRONMENT_VARIABLE, merge
 
@@ -59,17 +60,16 @@ class Job:
 
     @property
     def hash(self) -> str:
-        """Of what is asked for: a training's own, else the command without what only this machine needs."""
-        if self.run is not None:
-            return self.run.hash
-        trained = "" if self.evaluation is None else self.evaluation.run.hash
-        return hash_of([trained, _without(self.command, MACHINE_FLAGS)])
+        """Of what is asked for: that of the training or the test, else the command without what this machine needs."""
+        own = self.run or self.evaluation
+        return hash_of(_without(self.command, MACHINE_FLAGS)) if own is None else own.hash
 
-    @property
-    def shell(self) -> str:
-        """The command line."""
-        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        # the variable of a rendezvous is for the shell
+    def shell(self, exported: Mapping[str, str] | None = None) -> str:
+        """The command line; ``exported`` are variables that the shell has already."""
+        known = {} if exported is None else exported
+        own = {name: value for name, value in self.environment.items() if known.get(name) != value}
+        variables = [f"{name}={shlex.quote(value)}" for name, value in own.items()]
+        # variables such as that of the rendezvous are for the shell
         words = [word if "$" in word else shlex.quote(word) for word in self.command]
         return " ".join([*variables, *words])
 
@@ -151,23 +151,25 @@ class _Builder:
                 f"{joint.width:g}",
             )
             more += ("-plans_name", joint.plans, *(("--heads", joint.heads) if joint.heads else ()))
-            self._plan(f"plan_joint_{name}", members, more)
+            self._plan(f"plan_joint_{name}", members, more, configurations_of(self.recipe, name))
             self.ready[joint.folder] = [f"plan_joint_{name}"]
         joined = {member for joint in self.recipe.joints.values() for member in joint.members}
         folders = dict.fromkeys(self.recipe.datasets[name].folder for name in self.recipe.datasets if name in trained)
-        by_folder = {dataset.folder: dataset for dataset in self.recipe.datasets.values()}
         joined_folders = {self.recipe.datasets[name].folder for name in joined}
         for folder in folders:
+            entries = [name for name, dataset in self.recipe.datasets.items() if dataset.folder == folder]
+            dataset = self.recipe.datasets[entries[0]]
             if folder not in joined_folders:
-                self._plan(f"plan_{folder}", [by_folder[folder]], ())
-            self._plan_student(by_folder[folder])
+                needed = [own for name in entries for own in configurations_of(self.recipe, name)]
+                self._plan(f"plan_{folder}", [dataset], (), list(dict.fromkeys(needed)))
+            self._plan_student(dataset)
         lines = [(own.folder, line) for own in self.recipe.datasets.values() for line in own.preparation]
         for number, (folder, line) in enumerate(dict.fromkeys(lines)):
             name, needs = f"preparation_{number}_{folder}", tuple(self.ready.get(folder, ()))
             self.add(Job(name, tuple(shlex.split(line)), needs, self.folders))
             self.ready[folder] = [*needs, name]
 
-    def _plan(self, name: str, datasets: list[Dataset], more: tuple[str, ...]) -> None:
+    def _plan(self, name: str, datasets: list[Dataset], more: tuple[str, ...], configurations: list[str]) -> None:
         plans = self.recipe.plans
         ids = list(dict.fromkeys(str(dataset.id) for dataset in datasets))
         command: tuple[str, ...] = (
@@ -176,7 +178,7 @@ class _Builder:
             *ids,
             *more,
             "-c",
-            *self.recipe.configurations,
+            *configurations,
         )
         command += ("-p", plans.base, "-pl", plans.planner)
         if plans.gpu_memory_target is not None:

@@ -65,6 +65,13 @@ def datasets_of(recipe: Recipe, method: Method) -> list[str]:
     return [name for name in available if method.datasets is None or name in method.datasets]
 
 
+def configurations_of(recipe: Recipe, group: str) -> list[str]:
+    """Configurations of a dataset, or of a joint dataset, whose members agree."""
+    joint = recipe.joints.get(group)
+    own = recipe.datasets[group if joint is None else joint.members[0]].configurations
+    return recipe.configurations if own is None else own
+
+
 def settings_of(recipe: Recipe, dataset: Dataset | None, method: Method, seed: int) -> dict[str, Any]:
     """Settings of a run without its teachers: recipe, budget, dataset (None: a joint dataset), method, seed."""
     layers = [recipe.settings, {"training": recipe.budget}, {} if dataset is None else dataset.settings]
@@ -108,8 +115,11 @@ def _check_names(recipe: Recipe, file: YamlFile) -> None:
         for index, value in enumerate(getattr(recipe, key)):
             if value < 0:
                 raise file.error_at(f"{key}[{index}]", f"'{key}' has {value}; it must not be negative.")
-    for index, configuration in enumerate(recipe.configurations):
-        _known(configuration, CONFIGURATIONS, "configuration", f"configurations[{index}]", file)
+    lists = {"": recipe.configurations}
+    lists |= {f"datasets.{name}.": own.configurations or [] for name, own in recipe.datasets.items()}
+    for where, configurations in lists.items():
+        for index, configuration in enumerate(configurations):
+            _known(configuration, CONFIGURATIONS, "configuration", f"{where}configurations[{index}]", file)
 
 
 def _check_name(name: str, where: str, file: YamlFile) -> None:
@@ -162,6 +172,8 @@ def _check_joints(recipe: Recipe, file: YamlFile) -> None:
             raise file.error_at(f"{where}.members", "A joint dataset has at least two members.")
         for index, member in enumerate(joint.members):
             _known(member, recipe.datasets, "dataset", f"{where}.members[{index}]", file)
+        if len({tuple(configurations_of(recipe, member)) for member in joint.members}) > 1:
+            raise file.error_at(f"{where}.members", f"The members of '{name}' have different 'configurations'.")
 
 
 def _check_methods(recipe: Recipe, file: YamlFile) -> None:

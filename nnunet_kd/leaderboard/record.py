@@ -60,7 +60,7 @@ def write_record(file: Path, job: Job, **values: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     before = read_record(file) or {}
     identity = {} if job.run is None else {"identity": job.run.identity}
-    write_json(file, {**before, "hash": job.hash, **identity, "command": job.shell, **values})
+    write_json(file, {**before, "hash": job.hash, **identity, "command": job.shell(), **values})
 
 
 def state_of(job: Job, out: Path) -> State:

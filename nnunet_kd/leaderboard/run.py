@@ -38,6 +38,7 @@ def run_plan(plan: Plan, machine: Machine, workers: int, say: Callable[[str], No
     finished = {job.name for job in plan.jobs if state_of(job, plan.out) is State.FINISHED}
     waiting = [job for job in plan.jobs if job.name not in finished]
     failed: dict[str, str] = {}
+    blocked: set[str] = set()
     say(f"{len(finished)} of {len(plan.jobs)} jobs are finished.")
     running: dict[Future[str], Job] = {}
     with ThreadPoolExecutor(workers) as pool, _ending_commands():
@@ -46,11 +47,10 @@ def run_plan(plan: Plan, machine: Machine, workers: int, say: Callable[[str], No
                 waiting.remove(job)
                 say(f"start {job.name}")
                 running[pool.submit(execute, job, plan, machine)] = job
-            blocked = [job for job in waiting if set(job.needs) & failed.keys()]
-            for job in blocked:
+            for job in [job for job in waiting if set(job.needs) & {*failed, *blocked}]:
                 waiting.remove(job)
-                failed[job.name] = f"{job.name} was not run: it needs {', '.join(set(job.needs) & failed.keys())}."
-            if blocked or not running:
+                blocked.add(job.name)
+            if not running:
                 continue
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(done)
@@ -66,4 +66,5 @@ def run_plan(plan: Plan, machine: Machine, workers: int, say: Callable[[str], No
                     finished.add(job.name)
                     say(f"{len(finished)}/{len(plan.jobs)} {job.name}: {done.result()}")
     if failed:
-        raise NnUNetKDError("\n\n".join(failed.values()) + "\n\nRun the same command again: it continues from here.")
+        more = f"\n\n{len(blocked)} jobs need these and were not run." if blocked else ""
+        raise NnUNetKDError("\n\n".join(failed.values()) + more + "\n\nRun the same command again: it continues here.")

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_kd.leaderboard.definitions import Dataset, Method, Recipe, Test
-from nnunet_kd.leaderboard.recipe import datasets_of, methods_in_order, settings_of
+from nnunet_kd.leaderboard.recipe import configurations_of, datasets_of, methods_in_order, settings_of
+from nnunet_kd.settings import merge
 
 MEMBER_PLANS = "nnUNetKDPlans"  # what nnUNetKD_plan_and_preprocess writes for datasets with classes or boxes
 
@@ -73,12 +74,10 @@ class Run:
     @property
     def full_settings(self) -> dict[str, Any]:
         """What the trainer is told: the settings with the folders of the teachers."""
+        if not self.teachers:
+            return self.settings
         models = {name: {"model": str(run.model_folder)} for name, run in self.teachers.items()}
-        given = self.settings.get("teachers", {})
-        return {
-            **self.settings,
-            "teachers": {**given, **{name: {**given.get(name, {}), **own} for name, own in models.items()}},
-        }
+        return merge(self.settings, {"teachers": models})
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -110,12 +109,19 @@ class Evaluation:
         dataset: Key of the dataset whose line it is.
         test: Key of the test set; "" is the validation of the fold.
         predictions: Folder of the predictions.
+        definition: Of the test set, in JSON types.
     """
 
     run: Run
     dataset: str
     test: str
     predictions: Path
+    definition: dict[str, Any]
+
+    @cached_property
+    def hash(self) -> str:
+        """Of the run and the test set."""
+        return hash_of([self.run.hash, self.definition])
 
     @property
     def scores_file(self) -> Path:
@@ -134,7 +140,7 @@ def runs_of(recipe: Recipe, out: Path) -> list[Run]:
     for name in methods_in_order(recipe):
         method = recipe.methods[name]
         for group in method.on_joints or datasets_of(recipe, method):
-            for configuration in recipe.configurations:
+            for configuration in configurations_of(recipe, group):
                 for fold in recipe.folds:
                     for seed in recipe.seeds:
                         place = (configuration, fold, seed)
@@ -157,8 +163,11 @@ def evaluations_of(recipe: Recipe, runs: list[Run]) -> list[Evaluation]:
             dataset = recipe.datasets[name]
             folder = run.fold_folder / dataset.folder if method.on_joints else run.fold_folder
             if dataset.validation:
-                result.append(Evaluation(run, name, "", folder / "validation"))
-            result += [Evaluation(run, name, test, folder / f"test_{test}") for test in dataset.tests]
+                result.append(Evaluation(run, name, "", folder / "validation", {}))
+            for key, test in dataset.tests.items():
+                other = dataset if test.dataset is None else recipe.datasets[test.dataset]
+                definition = {**asdict(test), "dataset": other.folder}
+                result.append(Evaluation(run, name, key, folder / f"test_{key}", definition))
     return result
 
 

@@ -68,7 +68,7 @@ def metric_tables(collected: Collected) -> list[MetricTable]:
             rows = collected.cases
             if not len(rows) or metric.column not in rows or not rows[metric.column].notna().any():
                 continue
-            shown = control if control in set(rows["method"]) else rows["method"].iloc[0]
+            shown = control if control in rows["method"].unique() else rows["method"].iloc[0]
             table = summarize(rows, shown, metric=metric.column, higher_is_better=metric.higher_is_better)
             if shown != control:
                 table = _without_comparison(table)

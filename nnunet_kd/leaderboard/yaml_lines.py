@@ -11,6 +11,7 @@ import yaml
 from nnunet_kd.errors import NnUNetKDError
 
 BOOLEAN = "tag:yaml.org,2002:bool"
+MERGE = "tag:yaml.org,2002:merge"
 QUOTED_KEY = re.compile(r"'([^']+)'")
 
 
@@ -61,6 +62,9 @@ class YamlFile:
         if isinstance(node, yaml.MappingNode):
             seen = set()
             for key, value in node.value:
+                if key.tag == MERGE:  # keys of the mapping itself come first
+                    self._visit(value, where)
+                    continue
                 name = f"{where}.{key.value}" if where else str(key.value)
                 if key.value in seen:
                     raise self.error(f"'{name}' is there twice. Leave one.", key.start_mark.line + 1)
