@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def _run(plan: Plan, args: argparse.Namespace) -> None:
         return
     if machine.nodes > 1:
         raise NnUNetKDError("--nodes needs --cluster slurm; by hand, start the commands of `plan` on every node.")
-    run_plan(plan, machine, args.workers, lambda line: print(line, flush=True))
+    stream = sys.stdout  # which is replaced while runs are measured
+    run_plan(plan, machine, args.workers, lambda line: print(line, file=stream, flush=True))
     print(f"All jobs are finished. Next: nnUNetKD_leaderboard collect {args.recipe} -o {plan.out}")
 
 

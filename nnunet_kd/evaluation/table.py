@@ -215,7 +215,8 @@ def _runs(count: int) -> str:
 
 
 def _number(value: float, digits: int, sign: bool = False) -> str:
-    return "" if pd.isna(value) else f"{value:{'+' if sign else ''}.{digits}f}"
+    # adding 0 makes an unsigned -0.0 a 0.0
+    return "" if pd.isna(value) else f"{value:+.{digits}f}" if sign else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _with_interval(value: float, low: float, high: float, digits: int, sign: bool = False) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from string import Template
+from threading import Lock
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -24,6 +26,7 @@ from nnunet_kd.leaderboard.scores import case_scores
 
 TAIL_LINES = 25
 _processes: set[int] = set()  # process groups that run now
+_measuring = Lock()  # nnU-Net finds trainers through sys.path and sys.modules, which threads share
 
 
 class JobError(NnUNetKDError):
@@ -109,12 +112,13 @@ def environment_of(job: Job, machine: Machine) -> dict[str, str]:
 def measure_once(job: Job, plan: Plan) -> None:
     """Costs and per-case scores of a finished job, where they are not known yet."""
     run = job.run
-    if run is not None:
-        known_costs(job, plan)
-    for evaluation in plan.evaluations:
-        is_own = evaluation is job.evaluation or (evaluation.run is run and not evaluation.test)
-        if is_own and plan.has_segmentation(evaluation):
-            case_scores(plan.recipe, evaluation, plan.out)
+    with _measuring:
+        if run is not None:
+            known_costs(job, plan)
+        for evaluation in plan.evaluations:
+            is_own = evaluation is job.evaluation or (evaluation.run is run and not evaluation.test)
+            if is_own and plan.has_segmentation(evaluation):
+                case_scores(plan.recipe, evaluation, plan.out)
 
 
 def known_costs(job: Job, plan: Plan) -> dict[str, Any]:
@@ -131,9 +135,11 @@ def _costs_of(run: Run, plan: Plan) -> dict[str, Any]:
     """See ``costs.measure``."""
     from nnunet_kd.leaderboard.costs import measure  # imports torch and nnU-Net
 
-    if run.group not in plan.recipe.joints:
-        return measure(run)
-    return measure(run, {name: plan.recipe.datasets[name].folder for name in trained_datasets(plan.recipe, run)})
+    heads = None
+    if run.group in plan.recipe.joints:
+        heads = {name: plan.recipe.datasets[name].folder for name in trained_datasets(plan.recipe, run)}
+    with redirect_stdout(io.StringIO()):  # nnU-Net says where it looks for trainers
+        return measure(run, heads)
 
 
 def _call(job: Job, plan: Plan, machine: Machine) -> str:

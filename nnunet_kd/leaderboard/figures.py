@@ -48,7 +48,8 @@ def scatter(values: pd.DataFrame, control: str, title: str) -> Figure | None:
     methods = [method for method in dict.fromkeys(values["method"]) if method != control]
     if control not in wide or not methods:
         return None
-    pairs = {str(name): own for name, own in wide.groupby(level="dataset", sort=False) if own[control].notna().any()}
+    datasets = [str(name) for name in dict.fromkeys(values["dataset"])]
+    pairs = {name: wide.loc[name] for name in datasets if wide.loc[name][control].notna().any()}
     if not pairs:
         return None
     figure, panels = _panels(list(pairs), space_below=0.5)
