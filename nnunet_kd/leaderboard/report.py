@@ -30,9 +30,9 @@ HOW = (
     "cases and runs that both methods have: Wilcoxon's signed-rank test, p corrected by Holm for all comparisons of "
     "the table. For classes and boxes a metric belongs to a run: intervals and p come from a bootstrap of patients, "
     "wins and losses count runs. Average ranks are over the datasets and test sets of the table, with Nemenyi's "
-    "critical difference (Demsar 2006), which takes them as independent. Hours are those of one training without its teachers', which have lines of their own; a step's "
-    "time is compared with the control's on the same dataset, fold and seed; memory is the process's, where the "
-    "leaderboard started it."
+    "critical difference (Demsar 2006), which takes them as independent. Hours are those of one training without its "
+    "teachers', which have lines of their own; a step's time is compared with the control's on the same dataset, fold "
+    "and seed; memory is the process's, where the leaderboard started it."
 )
 
 
@@ -77,8 +77,8 @@ def _friedman(table: MetricTable) -> str:
         return "Too few datasets or methods for a critical difference."
     p_value = "" if pd.isna(ranking.p_value) else f" Friedman's p {ranking.p_value:.3g}."
     return (
-        f"Average ranks over the {ranking.num_datasets} datasets and test sets above, critical difference {ranking.critical_difference:.2f} "
-        f"(Nemenyi, 5%).{p_value}"
+        f"Average ranks over the {ranking.num_datasets} datasets and test sets, critical difference "
+        f"{ranking.critical_difference:.2f} (Nemenyi, 5%).{p_value}"
     )
 
 

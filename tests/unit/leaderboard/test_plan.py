@@ -104,8 +104,8 @@ def test_several_gpus_and_nodes(make_small_plan: MakePlan) -> None:
     assert job.command[-2:] == ("-num_gpus", "4")
     job = next(job for job in make_small_plan(num_gpus=4, nodes=2).jobs if job.name == name)
     assert job.shell().endswith(
-        "torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint $MASTER_ADDR:29500 -m nnunet_kd.train "
-        "1 2d 0 -tr nnUNetTrainerKDControl -p nnUNetPlans -device cuda --c"
+        "torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint $MASTER_ADDR:29500 "
+        "-m nnunet_kd.train 1 2d 0 -tr nnUNetTrainerKDControl -p nnUNetPlans -device cuda --c"
     )
 
 
@@ -123,10 +123,9 @@ def test_the_hash_is_that_of_what_a_result_depends_on(make_small_plan: MakePlan)
     teacher = ("on_joints: [both],", "on_joints: [both], settings: {sampling_exponent: 1.0},")
     changed = {name for name, value in hashes(make_small_plan(teacher)).items() if before[name] != value}
     assert changed == {name for name in before if "student" in name or "teacher" in name}
+    name = "train_both_teacher_2d_f0_s3"
     for replacement in (("num_epochs: 2", "num_epochs: 3"), ("members: [a, b]}", "members: [a, b], width: 0.5}")):
-        assert (
-            hashes(make_small_plan(replacement))["train_both_teacher_2d_f0_s3"] != before["train_both_teacher_2d_f0_s3"]
-        )
+        assert hashes(make_small_plan(replacement))[name] != before[name]
 
 
 def test_datasets_with_classes_are_trained_with_the_plans_that_have_heads(make_small_plan: MakePlan) -> None:
