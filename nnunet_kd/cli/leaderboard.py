@@ -13,7 +13,7 @@ from typing import Any
 from nnunet_kd.cli.errors import clear_errors
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.leaderboard.plan import Machine, Plan, folders_environment, make_plan
-from nnunet_kd.leaderboard.recipe import read_recipe
+from nnunet_kd.leaderboard.recipe import check_data, read_recipe
 
 
 @clear_errors
@@ -50,6 +50,7 @@ def _run(plan: Plan, args: argparse.Namespace) -> None:
     from nnunet_kd.leaderboard.run import run_plan
 
     machine = _machine(args)
+    check_data(plan.recipe, args.recipe)
     if args.cluster == "slurm":
         ids = submit_plan(plan, machine, read_options(args.slurm))
         print(

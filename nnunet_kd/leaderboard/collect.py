@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.leaderboard.execute import known_costs
@@ -57,7 +58,7 @@ def collect(plan: Plan) -> Collected:
     records = _finished(plan, result.problems)
     result.costs = pd.DataFrame([cost_row(plan, run, records[run.name]) for run in plan.runs if run.name in records])
     parts: list[tuple[dict[str, Any], pd.DataFrame]] = []
-    for evaluation in plan.evaluations:
+    for evaluation in tqdm(plan.evaluations, "reading scores", disable=None):
         place = place_of(plan, evaluation)
         line = (place["dataset"], place["method"])
         result.num_planned[line] = result.num_planned.get(line, 0) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from string import Template
 from threading import Lock
 from typing import Any
 
@@ -49,7 +49,8 @@ def execute(job: Job, plan: Plan, machine: Machine, *, is_main: bool = True) -> 
         JobError: The command failed or did not write its outputs, or the run was made with other settings.
     """
     if not is_main:
-        return _call(job, plan, machine)
+        seconds, _ = _call(job, plan, machine)
+        return f"{seconds:.0f} s"
     locks = plan.out / "jobs"
     locks.mkdir(parents=True, exist_ok=True)
     try:
@@ -57,10 +58,9 @@ def execute(job: Job, plan: Plan, machine: Machine, *, is_main: bool = True) -> 
             state = state_of(job, plan.out)
             if state in (State.OTHER, State.UNKNOWN):
                 raise JobError(conflict(job, plan.out, state))
-            if state is not State.FINISHED:
-                return _call(job, plan, machine)
+            result = "done before" if state is State.FINISHED else _call_and_record(job, plan, machine)
             measure_once(job, plan)
-            return "done before"
+            return result
     except Timeout:
         return "runs elsewhere"
 
@@ -142,36 +142,34 @@ def _costs_of(run: Run, plan: Plan) -> dict[str, Any]:
         return measure(run, heads)
 
 
-def _call(job: Job, plan: Plan, machine: Machine) -> str:
-    file, log = record_file(job, plan.out), plan.out / "jobs" / f"{job.name}.log"
+def _call_and_record(job: Job, plan: Plan, machine: Machine) -> str:
+    file = record_file(job, plan.out)
     earlier = read_record(file) or {}
     write_record(file, job, finished=False, num_gpus=machine.num_gpus * machine.nodes)
-    environment = environment_of(job, machine)
-    words = [_expanded(word, environment) for word in job.command]
+    seconds, peak_gb = _call(job, plan, machine)
+    peaks = [value for value in (peak_gb, earlier.get("peak_memory_gb")) if value is not None]
+    wall_seconds = seconds + earlier.get("wall_seconds", 0.0)
+    write_record(file, job, finished=True, wall_seconds=wall_seconds, peak_memory_gb=max(peaks, default=None))
+    return f"{seconds:.0f} s"
+
+
+def _call(job: Job, plan: Plan, machine: Machine) -> tuple[float, float | None]:
+    """Seconds that the command took, and its peak memory in GB where that is known."""
+    log, environment = plan.out / "jobs" / f"{job.name}.log", environment_of(job, machine)
     start = time.time()
-    code, peak_gb = _run(words, environment, log)
-    seconds = time.time() - start
+    code, peak_gb = _run([_expanded(word, environment) for word in job.command], environment, log)
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
         raise JobError(f"{job.name} returned {code}. The end of {log}:\n{tail}")
     missing = [output for output in job.outputs if not output.exists()]
     if missing:
         raise JobError(f"{job.name} succeeded but did not write {missing[0]}. Its output is in {log}.")
-    peaks = [value for value in (peak_gb, earlier.get("peak_memory_gb")) if value is not None]
-    write_record(
-        file,
-        job,
-        finished=True,
-        wall_seconds=seconds + earlier.get("wall_seconds", 0.0),
-        peak_memory_gb=max(peaks, default=None),
-    )
-    measure_once(job, plan)
-    return f"{seconds:.0f} s"
+    return time.time() - start, peak_gb
 
 
 def _expanded(word: str, environment: Mapping[str, str]) -> str:
     """A word with its variables: the rendezvous of several nodes, and nnUNet_raw of test images."""
-    return Template(word).safe_substitute(environment)
+    return re.sub(r"\$(\w+)", lambda found: environment.get(found[1], found[0]), word)
 
 
 def _run(words: list[str], environment: Mapping[str, str], log: Path) -> tuple[int, float | None]:

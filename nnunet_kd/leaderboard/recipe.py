@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -44,6 +45,26 @@ def read_recipe(path: Path) -> Recipe:
     _check_metrics(recipe, file)
     _check_reference(recipe, file)
     return recipe
+
+
+def check_data(recipe: Recipe, path: Path) -> None:
+    """Require that the datasets exist, raw or preprocessed, where the recipe does not bring a raw folder of its own.
+
+    Args:
+        recipe: The recipe.
+        path: Its file, whose line an error names.
+
+    Raises:
+        RecipeError: One does not exist.
+    """
+    roots = [Path(os.environ[name]) for name in ("nnUNet_raw", "nnUNet_preprocessed") if name in os.environ]
+    for name, dataset in recipe.datasets.items() if recipe.raw is None else ():
+        if not any((root / dataset.folder).is_dir() for root in roots):
+            searched = " nor in ".join(map(str, roots)) or "nnUNet_raw, which is not set"
+            raise YamlFile(path).error_at(
+                f"datasets.{name}",
+                f"{dataset.folder} is not in {searched}. Convert or link it there, or correct the recipe.",
+            )
 
 
 def methods_in_order(recipe: Recipe) -> list[str]:

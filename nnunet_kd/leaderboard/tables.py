@@ -181,7 +181,7 @@ def cost_cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         "gflops": "GFLOPs per patch",
         "step_ratio": "step time / control's",
         "inference_seconds": "inference (s per case)",
-        "peak_memory_gb": "peak memory (GB)",
+        "peak_memory_gb": "peak host memory (GB)",
     }
     header = [titles.get(name, name) for name in table.columns]
     body = []
