@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnunet_kd.errors import NnUNetKDError
-from nnunet_kd.leaderboard.execute import check_conflicts, execute
+from nnunet_kd.leaderboard.execute import ELSEWHERE, check_conflicts, execute
 from nnunet_kd.leaderboard.plan import Job, Machine, Plan
 from nnunet_kd.leaderboard.record import State, state_of
 
@@ -30,7 +30,10 @@ class SlurmJob:
             node = submitit.helpers.TorchDistributedEnvironment()
             os.environ["MASTER_ADDR"] = node.master_addr
             is_main = node.rank == 0
-        return execute(self.job, self.plan, self.machine, is_main=is_main)
+        result = execute(self.job, self.plan, self.machine, is_main=is_main)
+        if result == ELSEWHERE:  # what needs it must not start now
+            raise NnUNetKDError(f"{self.job.name} is being run by another process.")
+        return result
 
     def checkpoint(self, *_: Any) -> Any:
         """Asked by submitit when the job is preempted or its time is over: queue it again, where it resumes."""

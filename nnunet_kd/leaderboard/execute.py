@@ -25,6 +25,7 @@ from nnunet_kd.leaderboard.runs import Run, trained_datasets
 from nnunet_kd.leaderboard.scores import case_scores
 
 TAIL_LINES = 25
+ELSEWHERE = "runs elsewhere"
 _processes: set[int] = set()  # process groups that run now
 _measuring = Lock()  # nnU-Net finds trainers through sys.path and sys.modules, which threads share
 
@@ -62,7 +63,7 @@ def execute(job: Job, plan: Plan, machine: Machine, *, is_main: bool = True) -> 
             measure_once(job, plan)
             return result
     except Timeout:
-        return "runs elsewhere"
+        return ELSEWHERE
 
 
 def end_all() -> None:

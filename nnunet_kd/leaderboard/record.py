@@ -16,6 +16,7 @@ from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.files import write_json
 from nnunet_kd.leaderboard.plan import Job
 from nnunet_kd.leaderboard.runs import Run
+from nnunet_kd.settings import check_types
 
 RECORD = "leaderboard.json"
 SETTINGS_FILE = "nnunet_kd_settings.json"  # written by our trainers
@@ -102,7 +103,8 @@ def _was_asked_for(run: Run) -> bool:
     if not file.is_file():
         return False
     recorded = _flat(json.loads(file.read_text()))
-    return all(recorded.get(name) == value for name, value in _flat(run.full_settings).items() if value != {})
+    complete = _flat(check_types(run.full_settings).to_dict())  # terms with their defaults, as they are recorded
+    return all(recorded.get(name) == complete[name] for name, value in _flat(run.full_settings).items() if value != {})
 
 
 def _flat(value: Any, where: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 from nnunet_kd.errors import NnUNetKDError
-from nnunet_kd.leaderboard.execute import check_conflicts, end_all, execute
+from nnunet_kd.leaderboard.execute import ELSEWHERE, check_conflicts, end_all, execute
 from nnunet_kd.leaderboard.plan import Job, Machine, Plan
 from nnunet_kd.leaderboard.record import State, state_of
 
@@ -60,7 +60,7 @@ def run_plan(plan: Plan, machine: Machine, workers: int, say: Callable[[str], No
                     say(f"FAILED {job.name}")
                 elif error is not None:
                     raise error
-                elif done.result() == "runs elsewhere":
+                elif done.result() == ELSEWHERE:
                     failed[job.name] = f"{job.name} is being run by another process. Start this command again later."
                 else:
                     finished.add(job.name)

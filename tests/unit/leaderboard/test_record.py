@@ -9,6 +9,7 @@ from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.leaderboard.execute import check_conflicts
 from nnunet_kd.leaderboard.plan import Job, Plan
 from nnunet_kd.leaderboard.record import State, changes, record_file, state_of, write_record
+from nnunet_kd.settings import parse_settings
 
 MakePlan = Callable[..., Plan]
 NAME = "train_a_control_2d_f0_s3"
@@ -69,6 +70,21 @@ def test_what_a_command_by_hand_left_counts_if_its_settings_are_those_of_the_rec
     settings.write_text(json.dumps({"training": {"num_epochs": 2, "seed": 3, "initial_lr": 0.01}}))
     assert state_of(job, plan.out) is State.HALF
     assert json.loads(record_file(job, plan.out).read_text())["hash"] == job.hash
+
+
+def test_terms_of_a_run_by_hand_are_compared_with_their_defaults(make_small_plan: MakePlan) -> None:
+    terms = "settings: {terms: [{on: logits, loss: kl}]}, teachers"
+    plan = make_small_plan(("nnUNetTrainerKDStudent, teachers", f"nnUNetTrainerKDStudent, {terms}"))
+    job = job_of(plan, "train_a_student_2d_f0_s3")
+    assert job.run is not None
+    job.run.fold_folder.mkdir(parents=True)
+    job.outputs[0].touch()
+    resolved = parse_settings(job.run.full_settings).to_dict()
+    settings = job.run.fold_folder / "nnunet_kd_settings.json"
+    settings.write_text(json.dumps({**resolved, "terms": [{**resolved["terms"][0], "weight": 0.5}]}))
+    assert state_of(job, plan.out) is State.UNKNOWN
+    settings.write_text(json.dumps(resolved))
+    assert state_of(job, plan.out) is State.HALF
 
 
 def test_a_broken_record_says_what_to_do(make_small_plan: MakePlan) -> None:
