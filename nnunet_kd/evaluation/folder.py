@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,34 @@ def evaluate_folder(
     file_ending = dataset_json["file_ending"]
     if cases is None:
         cases = sorted(file.name[: -len(file_ending)] for file in reference_folder.glob(f"*{file_ending}"))
+    classes = foreground_classes(dataset_json) if classes is None else classes
+    ignore_label = dataset_json["labels"].get("ignore")
+    pairs = read_pairs(reference_folder, prediction_folder, dataset_json, cases)
+    progress = tqdm(pairs, f"evaluating {prediction_folder.name}", len(cases), disable=not show_progress)
+    rows = []
+    for case, reference, prediction, spacing_mm in progress:
+        scores = evaluate_case(
+            reference, prediction, list(classes.values()), spacing_mm, tolerance_mm, ignore_label=ignore_label
+        )
+        rows += [{"case": case, "class": name, **vars(score)} for name, score in zip(classes, scores, strict=True)]
+    return pd.DataFrame(rows)
+
+
+def read_pairs(
+    reference_folder: Path, prediction_folder: Path, dataset_json: Mapping[str, Any], cases: Sequence[str]
+) -> Iterator[tuple[str, Segmentation, Segmentation, Sequence[float]]]:
+    """Case, reference [Z, Y, X], prediction [Z, Y, X] and spacing in mm of every case.
+
+    Args:
+        reference_folder: Label files, ``<case><file ending>``.
+        prediction_folder: Predicted label files of the same names.
+        dataset_json: Content of the dataset.json that names the file ending.
+        cases: Which.
+
+    Raises:
+        NnUNetKDError: A reference or a prediction is missing, or a pair differs in shape.
+    """
+    file_ending = dataset_json["file_ending"]
     missing = [case for case in cases if not (reference_folder / f"{case}{file_ending}").is_file()]
     if missing or not cases:
         what = f"of {', '.join(missing[:5])}" if missing else f"({file_ending})"
@@ -73,12 +101,9 @@ def evaluate_folder(
             f"{', '.join(missing[:5])}. Predict them, or name the cases to evaluate."
         )
         raise NnUNetKDError(msg)
-    classes = foreground_classes(dataset_json) if classes is None else classes
-    ignore_label = dataset_json["labels"].get("ignore")
     first = reference_folder / f"{cases[0]}{file_ending}"
     reader = determine_reader_writer_from_dataset_json(dict(dataset_json), str(first), verbose=False)()
-    rows = []
-    for case in tqdm(cases, desc=f"evaluating {prediction_folder.name}", disable=not show_progress):
+    for case in cases:
         reference, spacing_mm = _read(reader, reference_folder / f"{case}{file_ending}")
         prediction, _ = _read(reader, prediction_folder / f"{case}{file_ending}")
         if reference.shape != prediction.shape:
@@ -87,11 +112,7 @@ def evaluate_folder(
                 f"{reference.shape}. Predict from the images that belong to {reference_folder}."
             )
             raise NnUNetKDError(msg)
-        scores = evaluate_case(
-            reference, prediction, list(classes.values()), spacing_mm, tolerance_mm, ignore_label=ignore_label
-        )
-        rows += [{"case": case, "class": name, **vars(score)} for name, score in zip(classes, scores, strict=True)]
-    return pd.DataFrame(rows)
+        yield case, reference, prediction, spacing_mm
 
 
 def _read(reader: BaseReaderWriter, file: Path) -> tuple[Segmentation, Sequence[float]]:

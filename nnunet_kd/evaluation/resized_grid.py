@@ -8,16 +8,59 @@ Source: the evaluation of DHC (Wang and Li, MICCAI 2023) and GenericSSL (Wang an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from nnunet_kd.evaluation.metrics import Mask, Segmentation
+from nnunet_kd.errors import NnUNetKDError
+from nnunet_kd.evaluation.folder import read_pairs
+from nnunet_kd.evaluation.metrics import Label, Mask, Segmentation
 
 GRIDS = {"genericssl": (80, 160, 160), "dhc_amos": (72, 144, 144)}
 MISSED_DISTANCE = 128.0  # average surface distance of a class that is missed, in voxels
+
+
+def evaluate_on_grid(
+    reference_folder: Path,
+    prediction_folder: Path,
+    dataset_json: Mapping[str, Any],
+    grid: Sequence[int],
+    *,
+    cases: Sequence[str],
+    classes: Mapping[str, Label],
+) -> pd.DataFrame:
+    """Compare every case on the grid.
+
+    Args:
+        reference_folder: Label files, ``<case><file ending>``.
+        prediction_folder: Predicted label files of the same names.
+        dataset_json: Content of the dataset.json that names the file ending.
+        grid: [Z, Y, X] in voxels.
+        cases: Cases to compare.
+        classes: Class names and labels; the protocol has no regions.
+
+    Returns:
+        One row per case and class with columns ``case``, ``class``, ``dice_percent`` and
+        ``average_surface_distance_voxels``.
+
+    Raises:
+        NnUNetKDError: A class is a region, a file is missing, or a pair differs in shape.
+    """
+    labels = [value for value in classes.values() if not isinstance(value, tuple)]
+    if len(labels) < len(classes):
+        raise NnUNetKDError("The metrics on the resized grid are for plain labels, not for regions.")
+    rows = []
+    for case, reference, prediction, _ in read_pairs(reference_folder, prediction_folder, dataset_json, cases):
+        scores = dice_and_distance(resize_labels(reference, grid), resize_labels(prediction, grid), labels)
+        for name, dice, distance in zip(classes, *scores, strict=True):
+            row = {"dice_percent": dice, "average_surface_distance_voxels": distance}
+            rows.append({"case": case, "class": name, **row})
+    return pd.DataFrame(rows)
 
 
 def resize_labels(labels: Segmentation, grid: Sequence[int]) -> Segmentation:

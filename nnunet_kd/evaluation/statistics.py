@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +16,8 @@ MIN_PAIRS = 6
 RESOLUTION = 5e-13
 # Resamples are drawn in blocks of about this many numbers, which bounds the memory.
 BLOCK = 2_000_000
+# How often each case is drawn is kept for tables with up to this many numbers (40 MB).
+MAX_COUNTS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def bootstrap_interval(
     mean = float(present.mean())
     if present.size == 1:
         return Interval(mean, float("nan"), float("nan"))
-    means = _bootstrap_means(present, num_resamples, np.random.default_rng(seed))
+    means = _bootstrap_means(present, num_resamples, seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high))
 
@@ -136,15 +139,28 @@ def _present(values: ArrayLike) -> NDArray[np.float64]:
     return array[~np.isnan(array)]
 
 
-def _bootstrap_means(
-    values: NDArray[np.float64], num_resamples: int, random: np.random.Generator
-) -> NDArray[np.float64]:
+def _bootstrap_means(values: NDArray[np.float64], num_resamples: int, seed: int) -> NDArray[np.float64]:
+    if values.size * num_resamples <= MAX_COUNTS:
+        # deviations, so that single precision is enough
+        mean = values.mean()
+        deviations = _draw_counts(values.size, num_resamples, seed) @ (values - mean).astype(np.float32)
+        return mean + deviations.astype(np.float64) / values.size
+    random = np.random.default_rng(seed)
     rows = max(1, BLOCK // values.size)
     means = []
     for start in range(0, num_resamples, rows):
         indices = random.integers(0, values.size, (min(rows, num_resamples - start), values.size))
         means.append(values[indices].mean(axis=1))
     return np.concatenate(means)
+
+
+@lru_cache(maxsize=4)
+def _draw_counts(num_cases: int, num_resamples: int, seed: int) -> NDArray[np.float32]:
+    """How often each resample draws each case, [resamples, cases]: a table asks for the same ones in every line."""
+    indices = np.random.default_rng(seed).integers(0, num_cases, (num_resamples, num_cases))
+    flat = indices + num_cases * np.arange(num_resamples)[:, None]
+    counts = np.bincount(flat.ravel(), minlength=num_resamples * num_cases)
+    return counts.reshape(num_resamples, num_cases).astype(np.float32)
 
 
 def _wilcoxon(differences: NDArray[np.float64]) -> tuple[float, str]:

@@ -85,8 +85,9 @@ def summarize(
     if missing:
         msg = f"The rows have no column '{missing[0]}'. They have: {', '.join(map(str, rows.columns))}."
         raise NnUNetKDError(msg)
-    if control not in set(rows["method"]):
-        msg = f"No row belongs to the control '{control}'. Methods: {', '.join(sorted(set(rows['method'])))}."
+    methods_given = rows["method"].unique()
+    if control not in methods_given:
+        msg = f"No row belongs to the control '{control}'. Methods: {', '.join(sorted(methods_given))}."
         raise NnUNetKDError(msg)
     runs = [column for column in run_columns if column in rows]
     rows = _with_empty_predictions(rows, metric, best=1.0 if higher_is_better else 0.0)
@@ -144,8 +145,10 @@ def _compared(comparison: PairedComparison) -> dict[str, Any]:
     }
 
 
-def to_markdown(table: pd.DataFrame, *, metric: str = "Dice", level: float = 0.95, digits: int = 3) -> str:
-    """The table of :func:`summarize` as Markdown, with aligned columns."""
+def to_cells(
+    table: pd.DataFrame, *, metric: str = "Dice", level: float = 0.95, digits: int = 3
+) -> tuple[list[str], list[list[str]]]:
+    """The table of :func:`summarize` as texts: a header and a line per row."""
     percent = f"{100 * level:g}%"
     header = [
         "dataset",
@@ -180,6 +183,16 @@ def to_markdown(table: pd.DataFrame, *, metric: str = "Dice", level: float = 0.9
                 _p_value(line["p_holm"]),
             ]
         )
+    return header, body
+
+
+def to_markdown(table: pd.DataFrame, *, metric: str = "Dice", level: float = 0.95, digits: int = 3) -> str:
+    """The table of :func:`summarize` as Markdown, with aligned columns."""
+    return markdown_table(*to_cells(table, metric=metric, level=level, digits=digits))
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Texts as Markdown, with aligned columns."""
     widths = [max(len(row[column]) for row in [header, *body]) for column in range(len(header))]
     rule = ["-" * width for width in widths]
     rows = [header, rule, *body]
@@ -202,7 +215,8 @@ def _runs(count: int) -> str:
 
 
 def _number(value: float, digits: int, sign: bool = False) -> str:
-    return "" if pd.isna(value) else f"{value:{'+' if sign else ''}.{digits}f}"
+    # adding 0 makes an unsigned -0.0 a 0.0
+    return "" if pd.isna(value) else f"{value:+.{digits}f}" if sign else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _with_interval(value: float, low: float, high: float, digits: int, sign: bool = False) -> str:

@@ -21,7 +21,7 @@ from nnunet_kd.settings.definitions import (
     Term,
     Training,
 )
-from nnunet_kd.settings.parsing import DESCRIPTION_KEYS, check_types, parse_settings
+from nnunet_kd.settings.parsing import DESCRIPTION_KEYS, check_types, parse_as, parse_settings
 from nnunet_kd.settings.reading import (
     BLOCK,
     ENVIRONMENT_VARIABLE,
@@ -50,6 +50,7 @@ __all__ = [
     "Training",
     "check_types",
     "merge",
+    "parse_as",
     "parse_settings",
     "read_user_settings",
     "resolve_settings",

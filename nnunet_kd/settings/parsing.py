@@ -34,7 +34,7 @@ def check_types(values: Mapping[str, Any]) -> Settings:
     Raises:
         SettingsError: Unknown key or wrong type; names the key and what is allowed.
     """
-    return _parse(Settings, {key: value for key, value in values.items() if key not in DESCRIPTION_KEYS}, "")
+    return parse_as(Settings, {key: value for key, value in values.items() if key not in DESCRIPTION_KEYS}, "")
 
 
 def names_of(cls: type) -> str:
@@ -42,8 +42,17 @@ def names_of(cls: type) -> str:
     return ", ".join(f.name for f in dataclasses.fields(cls))
 
 
-def _parse(expected: Any, value: Any, where: str) -> Any:
-    """Convert ``value`` to the annotated type ``expected``; ``where`` is the dotted key for messages."""
+def parse_as(expected: Any, value: Any, where: str) -> Any:
+    """Convert a plain value to an annotated type, dataclasses included.
+
+    Args:
+        expected: The type.
+        value: Plain JSON types.
+        where: Dotted key of the value, which messages begin with.
+
+    Raises:
+        SettingsError: Unknown key or wrong type; names the key and what is allowed.
+    """
     if dataclasses.is_dataclass(expected) and isinstance(expected, type):
         if not isinstance(value, Mapping):
             raise SettingsError(f"'{where}' must be an object with keys {names_of(expected)}, not {value!r}.")
@@ -51,7 +60,11 @@ def _parse(expected: Any, value: Any, where: str) -> Any:
         unknown = [key for key in value if key not in types_of]
         if unknown:
             raise SettingsError(f"Unknown setting '{_join(where, unknown[0])}'. Allowed here: {names_of(expected)}.")
-        return expected(**{key: _parse(types_of[key], item, _join(where, key)) for key, item in value.items()})
+        for own in dataclasses.fields(expected):
+            is_required = own.default is dataclasses.MISSING and own.default_factory is dataclasses.MISSING
+            if is_required and own.name not in value:
+                raise SettingsError(f"'{where or own.name}' lacks '{own.name}'.")
+        return expected(**{key: parse_as(types_of[key], item, _join(where, key)) for key, item in value.items()})
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:
         if value not in arguments:
@@ -60,21 +73,21 @@ def _parse(expected: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         objects = [option for option in arguments if dataclasses.is_dataclass(option)]
         if isinstance(value, Mapping) and objects:
-            return _parse(objects[0], value, where)  # whose message names the key
+            return parse_as(objects[0], value, where)  # whose message names the key
         for option in arguments:
             try:
-                return _parse(option, value, where)
+                return parse_as(option, value, where)
             except SettingsError:
                 continue
         raise SettingsError(f"'{where}' is {value!r}. Allowed types: {', '.join(_describe(a) for a in arguments)}.")
     if origin is list:
         if not isinstance(value, (list, tuple)):
             raise SettingsError(f"'{where}' must be a list, not {value!r}.")
-        return [_parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [parse_as(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
     if origin is dict:
         if not isinstance(value, Mapping):
             raise SettingsError(f"'{where}' must be an object, not {value!r}.")
-        return {str(key): _parse(arguments[1], item, _join(where, str(key))) for key, item in value.items()}
+        return {str(key): parse_as(arguments[1], item, _join(where, str(key))) for key, item in value.items()}
     if expected is Any:
         return value
     if expected is types.NoneType:

@@ -17,6 +17,7 @@ LEVELS = (
     ("losses", "networks", "tasks"),
     ("teachers", "data"),
     ("training", "inference", "evaluation", "conversion"),
+    ("leaderboard",),
     ("demo", "cli"),
     ("trainers", "planners"),
 )

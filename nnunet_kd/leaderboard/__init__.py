@@ -1,0 +1,1 @@
+"""Leaderboards: a recipe in YAML -> commands with their dependencies -> finished runs -> a table."""

@@ -1,0 +1,199 @@
+"""Run one job to its end: never twice, never over another result, with a log and a record."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nnunet_kd.environment import TRAINERS_VARIABLE, add_trainers_folder
+from nnunet_kd.errors import NnUNetKDError
+from nnunet_kd.leaderboard.plan import Job, Machine, Plan
+from nnunet_kd.leaderboard.record import State, changes, read_record, record_file, state_of, write_record
+from nnunet_kd.leaderboard.runs import Run, trained_datasets
+from nnunet_kd.leaderboard.scores import case_scores
+
+TAIL_LINES = 25
+ELSEWHERE = "runs elsewhere"
+_processes: set[int] = set()  # process groups that run now
+_measuring = Lock()  # nnU-Net finds trainers through sys.path and sys.modules, which threads share
+
+
+class JobError(NnUNetKDError):
+    """A command of a leaderboard failed; the message names its log."""
+
+
+def execute(job: Job, plan: Plan, machine: Machine, *, is_main: bool = True) -> str:
+    """Run a job if it is not finished, and measure a training that has finished.
+
+    Args:
+        job: The job.
+        plan: Where it belongs.
+        machine: Where it runs.
+        is_main: Of several nodes that train together, only one writes records.
+
+    Returns:
+        "done before", "runs elsewhere", or how long it took.
+
+    Raises:
+        JobError: The command failed or did not write its outputs, or the run was made with other settings.
+    """
+    if not is_main:
+        seconds, _ = _call(job, plan, machine)
+        return f"{seconds:.0f} s"
+    locks = plan.out / "jobs"
+    locks.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(locks / f"{job.name}.lock", timeout=0):
+            state = state_of(job, plan.out)
+            if state in (State.OTHER, State.UNKNOWN):
+                raise JobError(conflict(job, plan.out, state))
+            result = "done before" if state is State.FINISHED else _call_and_record(job, plan, machine)
+            measure_once(job, plan)
+            return result
+    except Timeout:
+        return ELSEWHERE
+
+
+def end_all() -> None:
+    """End the commands that run now, and their workers."""
+    for group in list(_processes):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGTERM)
+
+
+def conflict(job: Job, out: Path, state: State) -> str:
+    """Why a run is left as it is."""
+    folder = record_file(job, out).parent
+    what = changes(job, out) if state is State.OTHER else "its settings are not those of the recipe, or not known"
+    return f"{folder} was made with other settings ({what}). Give another -o, or move that folder away."
+
+
+def check_conflicts(plan: Plan) -> None:
+    """Refuse a recipe whose output folder has runs with other settings.
+
+    Raises:
+        NnUNetKDError: Lists them.
+    """
+    states = [(job, state_of(job, plan.out)) for job in plan.jobs if job.run is not None]
+    wrong = [conflict(job, plan.out, state) for job, state in states if state in (State.OTHER, State.UNKNOWN)]
+    if wrong:
+        more = f"\n... and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise NnUNetKDError("\n".join(wrong[:5]) + more)
+
+
+def environment_of(job: Job, machine: Machine) -> dict[str, str]:
+    """The whole environment of a job; what the user has set stays."""
+    defaults = {"MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
+    if machine.device == "cpu":
+        defaults |= {
+            "nnUNet_compile": "f",
+            # without workers the seed fixes the batches; a thread of its own is what a second worker would need
+            "nnUNet_n_proc_DA": "0" if machine.num_threads == 1 else str(machine.num_threads),
+            "nnUNet_def_n_proc": str(machine.num_threads),
+            "OMP_NUM_THREADS": str(machine.num_threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+    trainers = add_trainers_folder(os.environ.get(TRAINERS_VARIABLE, ""))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**defaults, **os.environ, TRAINERS_VARIABLE: trainers, "PATH": path, **job.environment}
+
+
+def measure_once(job: Job, plan: Plan) -> None:
+    """Costs and per-case scores of a finished job, where they are not known yet."""
+    run = job.run
+    with _measuring:
+        if run is not None:
+            known_costs(job, plan)
+        for evaluation in plan.evaluations:
+            is_own = evaluation is job.evaluation or (evaluation.run is run and not evaluation.test)
+            if is_own and plan.has_segmentation(evaluation):
+                case_scores(plan.recipe, evaluation, plan.out)
+
+
+def known_costs(job: Job, plan: Plan) -> dict[str, Any]:
+    """The record of a finished training with its costs, which are measured once."""
+    file = record_file(job, plan.out)
+    record = read_record(file) or {}
+    if "costs" not in record and job.run is not None:
+        write_record(file, job, costs=_costs_of(job.run, plan))
+        record = read_record(file) or {}
+    return record
+
+
+def _costs_of(run: Run, plan: Plan) -> dict[str, Any]:
+    """See ``costs.measure``."""
+    from nnunet_kd.leaderboard.costs import measure  # imports torch and nnU-Net
+
+    heads = None
+    if run.group in plan.recipe.joints:
+        heads = {name: plan.recipe.datasets[name].folder for name in trained_datasets(plan.recipe, run)}
+    with redirect_stdout(io.StringIO()):  # nnU-Net says where it looks for trainers
+        return measure(run, heads)
+
+
+def _call_and_record(job: Job, plan: Plan, machine: Machine) -> str:
+    file = record_file(job, plan.out)
+    earlier = read_record(file) or {}
+    write_record(file, job, finished=False, num_gpus=machine.num_gpus * machine.nodes)
+    seconds, peak_gb = _call(job, plan, machine)
+    peaks = [value for value in (peak_gb, earlier.get("peak_memory_gb")) if value is not None]
+    wall_seconds = seconds + earlier.get("wall_seconds", 0.0)
+    write_record(file, job, finished=True, wall_seconds=wall_seconds, peak_memory_gb=max(peaks, default=None))
+    return f"{seconds:.0f} s"
+
+
+def _call(job: Job, plan: Plan, machine: Machine) -> tuple[float, float | None]:
+    """Seconds that the command took, and its peak memory in GB where that is known."""
+    log, environment = plan.out / "jobs" / f"{job.name}.log", environment_of(job, machine)
+    start = time.time()
+    code, peak_gb = _run([_expanded(word, environment) for word in job.command], environment, log)
+    if code:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+        raise JobError(f"{job.name} returned {code}. The end of {log}:\n{tail}")
+    missing = [output for output in job.outputs if not output.exists()]
+    if missing:
+        raise JobError(f"{job.name} succeeded but did not write {missing[0]}. Its output is in {log}.")
+    return time.time() - start, peak_gb
+
+
+def _expanded(word: str, environment: Mapping[str, str]) -> str:
+    """A word with its variables: the rendezvous of several nodes, and nnUNet_raw of test images."""
+    return re.sub(r"\$(\w+)", lambda found: environment.get(found[1], found[0]), word)
+
+
+def _run(words: list[str], environment: Mapping[str, str], log: Path) -> tuple[int, float | None]:
+    """Return code, and the largest resident memory of the process or one of its workers in GB where it is known."""
+    with log.open("a") as stream:
+        try:
+            process = subprocess.Popen(
+                words,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that its workers can be ended with it
+            )
+        except FileNotFoundError as error:
+            raise JobError(f"The command {words[0]} is not on the PATH. Install nnunet-kd with pip.") from error
+        _processes.add(process.pid)
+        try:
+            if not hasattr(os, "wait4"):
+                return process.wait(), None
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            unit = 1 if sys.platform == "darwin" else 1024
+            return process.returncode, usage.ru_maxrss * unit / 1e9
+        finally:
+            _processes.discard(process.pid)

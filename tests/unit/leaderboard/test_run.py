@@ -1,0 +1,118 @@
+"""The executor, on shell commands in the place of nnU-Net's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from nnunet_kd.errors import NnUNetKDError
+from nnunet_kd.leaderboard.execute import end_all, execute
+from nnunet_kd.leaderboard.plan import Job, Machine, Plan
+from nnunet_kd.leaderboard.recipe import check_data
+from nnunet_kd.leaderboard.run import run_plan
+from nnunet_kd.leaderboard.yaml_lines import RecipeError
+
+MakePlan = Callable[..., Plan]
+
+
+def shell(name: str, line: str, *needs: str, outputs: tuple[Path, ...] = ()) -> Job:
+    return Job(name, ("sh", "-c", line), needs, {"GREETING": "hello"}, outputs=outputs)
+
+
+@pytest.fixture
+def plan_of(make_small_plan: MakePlan) -> Callable[..., Plan]:
+    def make(*jobs: Job) -> Plan:
+        return replace(make_small_plan(), jobs=list(jobs), runs=[], evaluations=[])
+
+    return make
+
+
+def test_jobs_run_after_what_they_need_and_once(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    order = tmp_path / "order"
+    jobs = [
+        shell(name, f"echo $GREETING {name} >> {order}", *needs) for name, needs in (("a", ""), ("b", "a"), ("c", "b"))
+    ]
+    plan, said = plan_of(*jobs), []
+    run_plan(plan, Machine(), 2, said.append)
+    assert order.read_text().split() == ["hello", "a", "hello", "b", "hello", "c"]
+    said.clear()
+    run_plan(plan, Machine(), 2, said.append)
+    assert said == ["3 of 3 jobs are finished."]
+    assert len(order.read_text().split()) == 6
+    # a command that asks for something else is another one
+    run_plan(plan_of(jobs[0], shell("b", f"echo again >> {order}", "a"), jobs[2]), Machine(), 1, said.append)
+    assert order.read_text().split()[6:] == ["again"]
+
+
+def test_a_failure_stops_what_needs_it_and_nothing_else(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_of(
+        shell("bad", "echo it is broken; exit 3"),
+        shell("needs_bad", "touch never", "bad"),
+        shell("needs_that", "touch never", "needs_bad"),
+        shell("good", f"touch {tmp_path / 'done'}"),
+        shell("forgetful", "true", outputs=(tmp_path / "nothing",)),
+    )
+    with pytest.raises(NnUNetKDError) as error:
+        run_plan(plan, Machine(), 1, lambda _: None)
+    message = str(error.value)
+    assert "bad returned 3. The end of" in message
+    assert "it is broken" in message
+    assert f"forgetful succeeded but did not write {tmp_path / 'nothing'}" in message
+    assert "2 jobs need these and were not run." in message
+    assert (tmp_path / "done").is_file()
+
+
+def test_a_job_that_another_process_runs_is_left_to_it(plan_of: Callable[..., Plan]) -> None:
+    job = shell("a", "true")
+    plan = plan_of(job)
+    (plan.out / "jobs").mkdir(parents=True)
+    with FileLock(plan.out / "jobs/a.lock"):
+        assert execute(job, plan, Machine()) == "runs elsewhere"
+    assert execute(job, plan, Machine()).endswith(" s")
+    assert execute(job, plan, Machine()) == "done before"
+
+
+def test_interrupted_commands_end_with_their_workers(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    beats = tmp_path / "beats"
+    job = shell("long", f"sh -c 'while true; do echo . >> {beats}; sleep 0.02; done' & wait")
+    results: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            execute(job, plan_of(job), Machine())
+        except NnUNetKDError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not beats.is_file():
+        time.sleep(0.01)
+    end_all()
+    thread.join(10)
+    assert len(results) == 1
+    count = beats.stat().st_size
+    time.sleep(0.3)
+    assert beats.stat().st_size == count
+
+
+def test_a_missing_command_is_named(plan_of: Callable[..., Plan]) -> None:
+    with pytest.raises(NnUNetKDError, match="nnUNetv2_nothing is not on the PATH"):
+        run_plan(plan_of(Job("a", ("nnUNetv2_nothing",))), Machine(), 1, lambda _: None)
+
+
+def test_datasets_must_exist_to_run(make_small_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, file = make_small_plan(), tmp_path / "recipe.yaml"
+    with pytest.raises(RecipeError, match=r"line 4: Dataset001_Alpha is not in nnUNet_raw, which is not set"):
+        check_data(plan.recipe, file)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    (tmp_path / "Dataset001_Alpha").mkdir()
+    with pytest.raises(RecipeError, match=r"line 5: Dataset002_Beta is not in"):
+        check_data(plan.recipe, file)
+    (tmp_path / "Dataset002_Beta").mkdir()
+    check_data(plan.recipe, file)
