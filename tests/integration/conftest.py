@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -76,6 +77,7 @@ def _call_entry_point(args: Sequence[str], environment: Mapping[str, str], outpu
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment, misc]
     multiprocessing.cpu_count = lambda: 1  # type: ignore[assignment]
+    matplotlib.rcParams["figure.dpi"] = 10  # stock progress.png has 16 million pixels, a second of every epoch
     _sample_fewer_voxels()
     try:
         (script,) = importlib.metadata.entry_points(group="console_scripts", name=args[0])
