@@ -29,3 +29,7 @@ class LeakageError(TeacherError):
 
 class UnlabeledError(NnUNetKDError):
     """Images without labels cannot be added to a dataset, or no longer fit it."""
+
+
+class DistributedError(NnUNetKDError):
+    """Several processes cannot train together as they were started."""

@@ -84,6 +84,11 @@ class nnUNetTrainerKDTeacher(TaskTrainer):
             )
         return settings
 
+    def planned_batch_sizes(self, plans: dict, configuration: str) -> dict[str, int]:
+        """Every member has batches of its own."""
+        del plans
+        return {name: member.batch_sizes[configuration] for name, member in self.joint.members.items()}
+
     def _refuse_other_plans(self, plans: dict, configuration: str) -> None:
         """All folds share one plans.json, so a fold trained under other joint plans would spoil the earlier ones."""
         name = f"{self.__class__.__name__}__{plans['plans_name']}__{configuration}"

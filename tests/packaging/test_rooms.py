@@ -18,7 +18,7 @@ LEVELS = (
     ("teachers", "data"),
     ("training", "inference", "evaluation"),
     ("demo", "cli"),
-    ("trainers", "planners"),
+    ("trainers", "planners", "train"),
 )
 LEVEL_OF = {room: number for number, level in enumerate(LEVELS) for room in level}
 WITHOUT_NNUNET = ("errors", "environment", "files", "settings", "spaces", "losses", "networks")
