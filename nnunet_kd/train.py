@@ -54,11 +54,11 @@ def main() -> None:
         raise DistributedError(
             f"RANK is set, but not {', '.join(missing)}. Start with torchrun, which sets them all, or unset RANK."
         )
-    with replaced(run_training, run_training=functools.partial(_train_rank, run_training.run_training)):
+    with replaced(run_training, run_training=functools.partial(train_rank, run_training.run_training)):
         run_training.run_training_entry()
 
 
-def _train_rank(stock: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+def train_rank(stock: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Stand in for nnU-Net's ``run_training``: the same, within the process group and on the device of this rank."""
     bound = inspect.signature(stock).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -74,7 +74,7 @@ def _train_rank(stock: Callable[..., None], *args: Any, **kwargs: Any) -> None:
             f"{name} is not a trainer of nnunet_kd and knows one machine only. Train it with nnUNetv2_train -num_gpus, "
             f"or take -tr nnUNetTrainerKDControl, which is stock nnU-Net on any number of machines."
         )
-    device = _device_of_rank(arguments["device"].type)
+    device = device_of_rank(arguments["device"].type)
     on_gpu = device.type == "cuda"
     distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     # for pretrained weights nnU-Net would take the GPU whose index is the global rank
@@ -84,7 +84,7 @@ def _train_rank(stock: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     distributed.destroy_process_group()
 
 
-def _device_of_rank(kind: str) -> torch.device:
+def device_of_rank(kind: str) -> torch.device:
     """The device of this process; on a CPU it gets its share of the threads."""
     num_local = int(os.environ["LOCAL_WORLD_SIZE"])
     if kind == "cpu":
