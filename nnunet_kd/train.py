@@ -1,4 +1,4 @@
-"""``torchrun ... -m nnunet_kd.train ARGUMENTS``: training on several GPUs of one or of several machines.
+r"""``torchrun ... -m nnunet_kd.train ARGUMENTS``: training on several GPUs of one or of several machines.
 
 The arguments are those of ``nnUNetv2_train``, and so is nearly everything else: nnU-Net's own command runs in each
 process that torchrun starts. It finds a process group there (nccl on GPUs, gloo with ``-device cpu``) and the device of
