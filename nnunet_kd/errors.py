@@ -37,3 +37,7 @@ class AdaptationError(NnUNetKDError):
 
 class ConversionError(NnUNetKDError):
     """A public dataset cannot be converted, or a case of it is left out."""
+
+
+class DistributedError(NnUNetKDError):
+    """Several processes cannot train together as they were started."""

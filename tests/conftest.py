@@ -1,8 +1,8 @@
 """Tiny synthetic nnU-Net datasets, folders of their own and a runner for the real commands.
 
 Everything here is a fixture that returns a function or a small record, so that tests import nothing from each other:
-``make_dataset`` writes a raw dataset, ``make_nnunet_dirs`` and ``nnunet_dirs`` give empty nnU-Net folders with the
-environment that goes with them, ``run_command`` runs a console script in a process of its own.
+``make_dataset`` writes a raw dataset, ``make_nnunet_dirs`` gives empty nnU-Net folders with the environment that goes
+with them, ``run_command`` runs a console script in a process of its own.
 """
 
 from __future__ import annotations
@@ -228,12 +228,6 @@ def make_nnunet_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], N
         return NnUNetDirs(*folders.values(), environment)
 
     return make
-
-
-@pytest.fixture(scope="module")
-def nnunet_dirs(make_nnunet_dirs: Callable[[], NnUNetDirs]) -> NnUNetDirs:
-    """The nnU-Net folders shared by the tests of one file, so that a chain of commands is run once."""
-    return make_nnunet_dirs()
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature must be stock nnU-Net's)
     ) -> None:
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise NotImplementedError("The AdaIN trainer has four optimizers and runs on one GPU. Use -num_gpus 1.")
+            raise NotImplementedError("The AdaIN trainer has four optimizers and runs in one process. Use -num_gpus 1.")
         if not Tasks.from_dataset_json(dataset_json).segmentation:
             raise AdaptationError(
                 f"The source {plans['dataset_name']} has no masks, so there is nothing to adapt. Name a dataset with "

@@ -1,13 +1,15 @@
 """What all trainers of nnunet_kd share: settings, budget, seed, an own checkpoint key, extra log lines.
 
 Host behaviour relied on (nnunetv2 2.8): ``save_checkpoint`` writes to whatever ``torch.save`` accepts;
-``load_checkpoint`` calls ``initialize`` first; the logger replaces its dict when a checkpoint is loaded.
+``load_checkpoint`` calls ``initialize`` first; the logger replaces its dict when a checkpoint is loaded;
+``local_rank`` is the global rank, and ``initialize`` wraps the network with the name ``DDP`` of its module.
 """
 
 from __future__ import annotations
 
 import io
 import random
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,14 +17,15 @@ import numpy as np
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import Tensor, nn
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, distributed, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_kd.data.labeled_cases import labeled_cases
 from nnunet_kd.data.member import Member
-from nnunet_kd.environment import environment
-from nnunet_kd.errors import SettingsError
+from nnunet_kd.environment import environment, replaced
+from nnunet_kd.errors import DistributedError, SettingsError
 from nnunet_kd.files import replacing, write_json
 from nnunet_kd.settings import BLOCK, Settings, parse_settings, read_user_settings, resolve_settings
 
@@ -44,10 +47,17 @@ class KDTrainer(nnUNetTrainer):
     ) -> None:
         # Errors of the user come before nnU-Net creates the output folder.
         self.settings = self.resolve_settings(plans, configuration, fold)
+        is_ddp = distributed.is_available() and distributed.is_initialized()
+        if is_ddp:
+            _refuse_small_batches(self.planned_batch_sizes(plans, configuration), distributed.get_world_size())
         # nnU-Net would start a W&B run per rank, right in its constructor.
-        is_ddp = torch.distributed.is_available() and torch.distributed.is_initialized()
-        with environment({"nnUNet_wandb_enabled": "0"} if is_ddp and torch.distributed.get_rank() else {}):
+        with environment({"nnUNet_wandb_enabled": "0"} if is_ddp and distributed.get_rank() else {}):
             super().__init__(plans, configuration, fold, dataset_json, device)
+        if is_ddp and (device.type == "cpu" or device.index is not None):
+            # nnU-Net has taken the GPU whose index is the rank, which only the first of several machines has
+            self.device = device
+            if device.type == "cpu":
+                self.grad_scaler = None
         training = self.settings.training
         self.num_epochs = training.num_epochs
         self.num_iterations_per_epoch = training.num_iterations_per_epoch
@@ -63,6 +73,10 @@ class KDTrainer(nnUNetTrainer):
         """Merge preset, plans block and user settings. Trainers with more layers override this."""
         del configuration, fold
         return resolve_settings(self.preset, plans.get(BLOCK, {}), read_user_settings())
+
+    def planned_batch_sizes(self, plans: dict, configuration: str) -> dict[str, int]:
+        """Dataset to the batch size that all processes together draw from it."""
+        return {plans["dataset_name"]: PlansManager(plans).get_configuration(configuration).batch_size}
 
     def own_dataset(self) -> Member:
         """The dataset, under the plans and the configuration of this training."""
@@ -115,12 +129,17 @@ class KDTrainer(nnUNetTrainer):
             random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002 (nnU-Net and batchgenerators draw from the global generator)
             torch.manual_seed(seed)
-        super().initialize()
+        with replaced(sys.modules[nnUNetTrainer.__module__], DDP=self._distributed):
+            super().initialize()
         # DDP averages the gradients of an auxiliary module only if its forward runs through a wrapper of its own.
         self.wrapped_auxiliary: dict[str, nn.Module] = {
-            name: DistributedDataParallel(module, device_ids=[self.local_rank]) if self.is_ddp else module
-            for name, module in self.auxiliary.items()
+            name: self._distributed(module) if self.is_ddp else module for name, module in self.auxiliary.items()
         }
+
+    def _distributed(self, module: nn.Module, device_ids: Any = None) -> DistributedDataParallel:
+        """DDP on the device of this process; stock ``device_ids`` are the global rank."""
+        del device_ids
+        return DistributedDataParallel(module, device_ids=None if self.device.type == "cpu" else [self.device])
 
     def on_train_start(self) -> None:
         """Start as stock nnU-Net does; the resolved settings are printed and written beside the checkpoint."""
@@ -197,6 +216,15 @@ class NoDice(nn.Module):
         """A zero that depends on the output."""
         del target, loss_mask
         return output.sum() * 0
+
+
+def _refuse_small_batches(sizes: dict[str, int], num_processes: int) -> None:
+    for name, size in sizes.items():
+        if size < num_processes:
+            raise DistributedError(
+                f"The plans give {name} batches of {size}, which cannot be divided among {num_processes} processes. "
+                f"Start at most {min(sizes.values())} processes in all, or train on plans with a larger batch_size."
+            )
 
 
 def recorded_settings(extra: dict[str, Any]) -> Settings:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from nnunet_kd.tasks.box_merging import paired_iou
 
@@ -19,7 +19,8 @@ NEAR = 0.1  # an anchor with this IoU is beside a box, not a false alarm; detect
 class Competence(ABC):
     """Compares teacher and student by how well they do a task on the training batches of about the last 50 steps.
 
-    All counts stay on the device; nothing is synchronised.
+    All counts stay on the device, and nothing waits for them. Processes that share a batch add theirs up, so that they
+    weigh their terms alike, and as one process would.
     """
 
     measure: ClassVar[str]
@@ -48,6 +49,8 @@ class Competence(ABC):
 
     def _add(self, student: Tensor, teacher: Tensor) -> None:
         counts = torch.stack([student, teacher])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(counts)
         self.counts = counts if self.counts is None else self.counts.lerp(counts, 1 - COMPETENCE_MOMENTUM)
 
     def _counts(self) -> Tensor:

@@ -337,7 +337,8 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         super().on_train_epoch_end(train_outputs)
         for term in self.loss.terms:
             seen = [step[term.name] for step in self.epoch_terms if term.name in step]
-            means = [float(torch.stack(values).mean()) for values in zip(*seen, strict=True)] if seen else [0.0, 0.0]
+            of_rank = [float(torch.stack(values).mean()) for values in zip(*seen, strict=True)] if seen else [0.0, 0.0]
+            means = np.mean(self.gathered(of_rank), axis=0).tolist()
             for key, value in zip((term.name, f"{term.name} weighted"), means, strict=True):
                 self.logger.log(key, value, self.current_epoch)
             self.print_to_log_file(f"{term.name}: {np.round(means[0], 4)}, weighted {np.round(means[1], 4)}")

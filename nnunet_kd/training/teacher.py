@@ -64,7 +64,8 @@ class nnUNetTrainerKDTeacher(TaskTrainer):
         self.joint_configuration_manager = self.configuration_manager
         self.preprocessed_dataset_folder = str(first.data_folder)  # stock initialize reads the dataset class there
         self.member: str | None = None
-        self.steps: Counter[str] = Counter()
+        self.steps: Counter[str] = Counter()  # batches of each member, of all processes
+        self.steps_of_epoch: Counter[str] = Counter()
         self.member_tasks: dict[str, Tasks | None] = {}
         for name in self.members:
             has_heads = any(self.joint.member_heads(name, configuration))
@@ -83,6 +84,11 @@ class nnUNetTrainerKDTeacher(TaskTrainer):
                 "members. Remove it from the settings of the teacher."
             )
         return settings
+
+    def planned_batch_sizes(self, plans: dict, configuration: str) -> dict[str, int]:
+        """Every member has batches of its own."""
+        del plans
+        return {name: member.batch_sizes[configuration] for name, member in self.joint.members.items()}
 
     def _refuse_other_plans(self, plans: dict, configuration: str) -> None:
         """All folds share one plans.json, so a fold trained under other joint plans would spoil the earlier ones."""
@@ -321,8 +327,15 @@ class nnUNetTrainerKDTeacher(TaskTrainer):
         name = self._speak(batch)
         if isinstance(self.loss, AlignedLoss):
             self.loss.progress = self.current_epoch / self.num_epochs
-        self.steps[name] += 1
+        self.steps_of_epoch[name] += 1
         return super().train_step(batch)
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Stock logging, and count the steps of every process."""
+        super().on_train_epoch_end(train_outputs)
+        for drawn in self.gathered(self.steps_of_epoch):
+            self.steps.update(drawn)
+        self.steps_of_epoch.clear()
 
     def on_validation_epoch_start(self) -> None:
         """Start collecting the scores of every member's tasks."""

@@ -9,6 +9,7 @@ process pools fork too, and fingerprints are taken from fewer voxels. What depen
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -76,10 +78,10 @@ def _call_entry_point(args: Sequence[str], environment: Mapping[str, str], outpu
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment, misc]
     multiprocessing.cpu_count = lambda: 1  # type: ignore[assignment]
+    matplotlib.rcParams["figure.dpi"] = 10  # stock progress.png has 16 million pixels, a second of every epoch
     _sample_fewer_voxels()
     try:
-        (script,) = importlib.metadata.entry_points(group="console_scripts", name=args[0])
-        script.load()()
+        _entry_point(args[0])()
     except SystemExit as stopped:
         if stopped.code is None or isinstance(stopped.code, int):
             return stopped.code or 0
@@ -89,6 +91,13 @@ def _call_entry_point(args: Sequence[str], environment: Mapping[str, str], outpu
         traceback.print_exc()
         return 1
     return 0
+
+
+def _entry_point(command: str) -> Callable[[], None]:
+    """The function of a console script, or ``main`` of a module."""
+    for script in importlib.metadata.entry_points(group="console_scripts", name=command):
+        return script.load()
+    return importlib.import_module(command).main
 
 
 def _sample_fewer_voxels() -> None:
@@ -105,7 +114,7 @@ def _sample_fewer_voxels() -> None:
 
 
 def start(args: Sequence[str | Path], environment: Mapping[str, str]) -> Started:
-    """Start a console script in a forked process."""
+    """Start a console script, or a module of ours, in a forked process."""
     words = tuple(str(argument) for argument in args)
     handle, name = tempfile.mkstemp(prefix="command_output_")
     os.close(handle)
@@ -160,7 +169,11 @@ class World:
         **variables: str,
     ) -> str:
         """Run a command to its end and return what it printed; ``check=False`` expects it to fail."""
-        result = finish(self.start(*args, settings=settings, **variables), timeout)
+        return self.finish(self.start(*args, settings=settings, **variables), check=check, timeout=timeout)
+
+    def finish(self, started: Started, *, check: bool = True, timeout: float = 300) -> str:
+        """Wait for a command that was started, and return what it printed."""
+        result = finish(started, timeout)
         if (result.returncode == 0) != check:
             pytest.fail(f"{' '.join(result.args)} returned {result.returncode}\n{result.stdout}")
         return result.stdout
@@ -218,6 +231,7 @@ def make_world(make_nnunet_dirs: Callable[[], Any]) -> Callable[[], World]:
     import nnunetv2.run.run_training  # noqa: F401
 
     import nnunet_kd.planners.entrypoints
+    import nnunet_kd.train
     import nnunet_kd.training.student
     import nnunet_kd.training.teacher  # noqa: F401
 

@@ -52,26 +52,32 @@ for model, source, target in zip(*[iter(sys.argv[1:])] * 3):
 
 
 @pytest.fixture(scope="module")
-def trained(nnunet_dirs: Any, make_dataset: Callable[..., Path], run_command: Callable[..., Any]) -> SimpleNamespace:
-    """A teacher of Alpha (T1, T2; two labels) and Beta (T2; one label), and a student of Alpha: one step each."""
+def trained(
+    make_world: Callable[[], Any], make_dataset: Callable[..., Path], run_command: Callable[..., Any]
+) -> SimpleNamespace:
+    """A teacher of Alpha (T1, T2; two labels) and Beta (T2; one label), and a student of Alpha: one step each.
+
+    Planning, the student and its stock prediction run in fresh processes, with workers that are spawned.
+    """
+    world = make_world()
     labels = {"background": 0, "core": 1, "rim": 2}
-    alpha = make_dataset(nnunet_dirs.raw, 1, "Alpha", channels=("T1", "T2"), labels=labels, **SMALL)
-    make_dataset(nnunet_dirs.raw, 2, "Beta", channels=("T2",), **SMALL)
-    environment = {**nnunet_dirs.environment, "nnUNetKD_settings": json.dumps(ONE_STEP)}
+    alpha = make_dataset(world.raw, 1, "Alpha", channels=("T1", "T2"), labels=labels, **SMALL)
+    make_dataset(world.raw, 2, "Beta", channels=("T2",), **SMALL)
+    environment = {**world.environment, "nnUNetKD_settings": json.dumps(ONE_STEP), "nnUNet_n_proc_DA": "1"}
 
-    def run(*args: str | Path, **variables: str) -> Any:
-        return run_command(args, {**environment, **variables})
+    def run_fresh(*args: str | Path) -> None:
+        run_command(args, environment)
 
-    run("nnUNetKD_plan_and_preprocess", "-d", "2", "1", "--joint", "900", "-c", "2d", "-np", "1", "-npfp", "1")
-    run("nnUNetv2_train", "900", "2d", "0", "-tr", "nnUNetTrainerKDTeacher", "-p", "nnUNetKDPlans", "-device", "cpu")
-    run("nnUNetv2_train", "1", "2d", "0", "-tr", "nnUNetTrainerKDStudent", "-device", "cpu")
-    results = nnunet_dirs.results
+    run_fresh("nnUNetKD_plan_and_preprocess", "-d", "2", "1", "--joint", "900", "-c", "2d", "-np", "1", "-npfp", "1")
+    world.train(900, "Teacher", "-p", "nnUNetKDPlans", configuration="2d", settings=ONE_STEP)
+    run_fresh("nnUNetv2_train", "1", "2d", "0", "-tr", "nnUNetTrainerKDStudent", "-device", "cpu")
     return SimpleNamespace(
-        run=run,
+        run=world.run,
+        run_fresh=run_fresh,
         environment=environment,
         alpha=alpha,
-        teacher=results / "Dataset900_Joint" / "nnUNetTrainerKDTeacher__nnUNetKDPlans__2d",
-        student=results / "Dataset001_Alpha" / "nnUNetTrainerKDStudent__nnUNetPlans__2d",
+        teacher=world.model("Dataset900_Joint", "Teacher", "nnUNetKDPlans", "2d"),
+        student=world.model("Dataset001_Alpha", "Student", configuration="2d"),
     )
 
 
@@ -116,22 +122,22 @@ def test_exports_predict_the_same_files_without_nnunet_kd(
 ) -> None:
     run, source = trained.run, trained.alpha / "imagesTs"
     head = ["--head", "Dataset001_Alpha"]
-    result = run("nnUNetKD_export", "-m", trained.student, "-o", tmp_path / "student")
-    assert "fold 0: identical logits" in result.stdout
+    output = run("nnUNetKD_export", "-m", trained.student, "-o", tmp_path / "student")
+    assert "fold 0: identical logits" in output
     elsewhere = str(tmp_path / "elsewhere")  # a teacher predicts without its members
-    result = run("nnUNetKD_export", "-m", trained.teacher, "-o", tmp_path / "head", *head)
-    assert "fold 0: " in result.stdout
+    output = run("nnUNetKD_export", "-m", trained.teacher, "-o", tmp_path / "head", *head)
+    assert "fold 0: " in output
     check_vanilla(tmp_path / "student")
     check_vanilla(tmp_path / "head")
 
-    run("nnUNetv2_predict", "-d", "1", "-c", "2d", "-f", "0", "-tr", "nnUNetTrainerKDStudent", "-i", source,
-        "-o", tmp_path / "student_stock", "--save_probabilities", *FLAGS)  # fmt: skip
+    trained.run_fresh("nnUNetv2_predict", "-d", "1", "-c", "2d", "-f", "0", "-tr", "nnUNetTrainerKDStudent",
+                      "-i", source, "-o", tmp_path / "student_stock", "--save_probabilities", *FLAGS)  # fmt: skip
     run("nnUNetKD_predict", "-m", trained.teacher, *head, "-i", source,
         "-o", tmp_path / "head_ours", "--save_probabilities", *FLAGS, nnUNet_preprocessed=elsewhere)  # fmt: skip
     in_process(predict_command, "-m", trained.student, "-i", source, "-o", tmp_path / "student_ours",
                "--save_probabilities", *FLAGS)  # fmt: skip
-    run(sys.executable, "-c", STOCK_ONLY, tmp_path / "student", source, tmp_path / "student_exported",
-        tmp_path / "head", source, tmp_path / "head_exported")  # fmt: skip
+    trained.run_fresh(sys.executable, "-c", STOCK_ONLY, tmp_path / "student", source, tmp_path / "student_exported",
+                      tmp_path / "head", source, tmp_path / "head_exported")  # fmt: skip
 
     compared = {"student_stock": ("student_ours", "student_exported"), "head_ours": ("head_exported",)}
     for expected, others in compared.items():

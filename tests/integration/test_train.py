@@ -69,6 +69,12 @@ def kill_when(started: Any, reached: Callable[[], bool]) -> None:
     started.kill()
 
 
+@pytest.fixture(scope="module")
+def trained(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A copy of the trained world: what is planned and trained here would change what the tests of other files find."""
+    return trained.copy(tmp_path_factory.mktemp("train"))
+
+
 # --- the teacher ------------------------------------------------------------------------------------------------------
 def test_teacher_logs_every_member(trained: Any) -> None:
     lines = re.findall(r"Pseudo dice per member: (.*)", logs(trained.teacher / "fold_0"))

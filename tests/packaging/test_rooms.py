@@ -19,7 +19,7 @@ LEVELS = (
     ("training", "inference", "evaluation", "conversion"),
     ("leaderboard",),
     ("demo", "cli"),
-    ("trainers", "planners"),
+    ("trainers", "planners", "train"),
 )
 LEVEL_OF = {room: number for number, level in enumerate(LEVELS) for room in level}
 WITHOUT_NNUNET = ("errors", "environment", "files", "settings", "spaces", "losses", "networks")

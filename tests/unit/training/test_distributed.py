@@ -46,7 +46,7 @@ TERMS = [
 PLANS = {
     "dataset_name": "Dataset001_A",
     "plans_name": "nnUNetPlans",
-    "configurations": {"2d": {"architecture": {}}},
+    "configurations": {"2d": {"architecture": {}, "batch_size": 2}},
     "continue_training": False,
 }
 
@@ -103,6 +103,11 @@ def test_only_the_first_process_starts_a_wandb_run(answers: list[dict[str, Any]]
     assert [answer["wandb_enabled_afterwards"] for answer in answers] == ["1", "1"]
 
 
+def test_a_device_that_is_named_is_taken(answers: list[dict[str, Any]]) -> None:
+    assert [answer["devices"] for answer in answers] == [["cuda:0", "cuda:5", "cpu"], ["cuda:1", "cuda:5", "cpu"]]
+    assert not any(answer["scales"] for answer in answers)  # a CPU has no gradient scaler
+
+
 # ---- one process -----------------------------------------------------------------------------------------------------
 def work(rank: int, store: str) -> dict[str, Any]:
     """Three steps: before the terms' warm-up, in its middle and after it."""
@@ -140,7 +145,7 @@ def work(rank: int, store: str) -> dict[str, Any]:
         answer["distance_to_mean"].append(float((found - mean / WORLD_SIZE).norm() / found.norm()))
         answer["distance_to_own"].append(float((found - own).norm() / found.norm()))
         optimizer.step()
-    answer |= teach(rank) | teach_tasks(rank) | start_wandb()
+    answer |= teach(rank) | teach_tasks(rank) | take_devices() | start_wandb()
     dist.destroy_process_group()
     return answer
 
@@ -262,6 +267,17 @@ def gradients(
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
 
+def make_trainer(*device: torch.device) -> KDTrainer:
+    dataset_json = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
+    return KDTrainer(copy.deepcopy(PLANS), "2d", 0, dataset_json, *device)
+
+
+def take_devices() -> dict[str, Any]:
+    """Make trainers as nnU-Net does on one machine, on a GPU that is not that of the rank, and on the CPU."""
+    trainers = [make_trainer(), make_trainer(torch.device("cuda", 5)), make_trainer(torch.device("cpu"))]
+    return {"devices": [str(trainer.device) for trainer in trainers], "scales": trainers[-1].grad_scaler is not None}
+
+
 def start_wandb() -> dict[str, Any]:
     """Make a trainer with W&B on; it is replaced by something that counts its runs."""
     os.environ["nnUNet_wandb_enabled"] = "1"
@@ -272,8 +288,7 @@ def start_wandb() -> dict[str, Any]:
         return SimpleNamespace(step=0, config=SimpleNamespace(update=lambda *_, **__: None))
 
     nnunet_logger.wandb = SimpleNamespace(init=init)
-    dataset_json = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
-    KDTrainer(copy.deepcopy(PLANS), "2d", 0, dataset_json)
+    make_trainer()
     return {"wandb_runs": len(runs), "wandb_enabled_afterwards": os.environ["nnUNet_wandb_enabled"]}
 
 
