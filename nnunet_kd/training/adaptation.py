@@ -46,8 +46,11 @@ from nnunet_kd.training.task_trainer import need_plain_plans
 LOSSES = ("discriminator", "adversarial", "style", "cycle", "diversity", "segmentation", "self")
 FIGURE = "translations.png"
 STAGE_1_CHECKPOINT = "checkpoint_stage_1.pth"
-# the paper's cross entropy; the planned U-Net keeps nnU-Net's loss, so that it compares with its control
-PRESETS: dict[str, dict[str, Any]] = {"stargan": {"training": {"loss": "ce"}}, "conditional_unet": {}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "stargan": {"training": {"loss": "ce"}},  # the paper's
+    # ours, with nnU-Net's loss, so that it compares with its control
+    "conditional_unet": {"adaptation": {"learning_rate": 1e-3, "self_on": "probabilities"}},
+}
 
 
 class nnUNetTrainerAdaIN(PredictsWithOthers):
