@@ -36,6 +36,7 @@ from nnunet_kd.networks.star_generator import SELF, StarGenerator
 from nnunet_kd.networks.styles import training_parts
 from nnunet_kd.networks.task_codes import planned_network, task_code_architecture
 from nnunet_kd.settings import BLOCK, Settings, check_types, merge, read_user_settings, resolve_settings, without_terms
+from nnunet_kd.spaces.labels import LabelSpace
 from nnunet_kd.training.adaptation_figure import Panel, draw_panels
 from nnunet_kd.training.adaptation_losses import AdaptationLosses, frozen, make_pair
 from nnunet_kd.training.adaptation_optimizers import AdversarialSteps, StageSchedule, adam
@@ -43,9 +44,10 @@ from nnunet_kd.training.other_weights import PredictsWithOthers
 from nnunet_kd.training.progress import append_curves
 from nnunet_kd.training.task_trainer import need_plain_plans
 
-LOSSES = ("discriminator", "adversarial", "style", "cycle", "diversity", "segmentation", "self")
+LOSSES = ("discriminator", "adversarial", "style", "cycle", "diversity", "segmentation", "self", "trust")
 FIGURE = "translations.png"
 STAGE_1_CHECKPOINT = "checkpoint_stage_1.pth"
+GUARD = {"guard": {"margin": 0.1, "exponent": 4.0}}  # as of students
 PRESETS: dict[str, dict[str, Any]] = {
     "stargan": {"training": {"loss": "ce"}},  # the paper's
     # ours, with nnU-Net's loss, so that it compares with its control
@@ -87,9 +89,10 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
         """The network's preset; terms and teachers are for students."""
         del fold
         need_plain_plans(plans, configuration, "AdaIN", "the images of the target have no segmentation of the first")
-        layers = [without_terms(layer) for layer in (plans.get(BLOCK, {}), read_user_settings())]
+        given = (plans.get(BLOCK, {}), read_user_settings())
+        layers = [{key: value for key, value in layer.items() if key not in ("teachers", "terms")} for layer in given]
         network = planned_network(PlansManager(plans).get_configuration(configuration).configuration["architecture"])
-        settings = resolve_settings(PRESETS[network or "stargan"], *layers)
+        settings = resolve_settings(GUARD, PRESETS[network or "stargan"], *layers)
         if settings.training.num_epochs < 2:
             raise SettingsError("'training.num_epochs' is 1, but adaptation has two stages. Give it at least 2.")
         return settings
@@ -116,9 +119,9 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
         """Initialise as stock nnU-Net does, then start the moving average."""
         super().initialize()
         self._start_average(nn.ModuleDict({"network": self.network, **dict(self.auxiliary.items())}))
-        self.losses = AdaptationLosses(
-            self.network, self.auxiliary, self.settings.adaptation, self.label_manager.has_regions
-        )
+        space = LabelSpace.from_dataset_json(self.dataset_json)
+        settings = self.settings
+        self.losses = AdaptationLosses(self.network, self.auxiliary, settings.adaptation, settings.guard, space)
 
     def _start_average(self, followed: Any) -> None:
         """Begin a moving average of the network and of what trains beside it."""
@@ -218,7 +221,7 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
             values |= self._translate(source, target)
         values["segmentation"] = self._segment(source, batch["target"])
         if self.stage == 2:
-            values["self"] = self._distil(source, target)
+            values |= self._distil(source, target, batch["target"])
         self.average.update()
         self.images_before = (source, target)
         self.step_in_epoch += 1
@@ -267,13 +270,14 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
             self.adversarial_steps(self.settings.adaptation.segmentation * loss, "network")
         return loss
 
-    def _distil(self, source: Tensor, target: Tensor) -> Tensor:
+    def _distil(self, source: Tensor, target: Tensor, labels: Any) -> dict[str, Tensor]:
         by_average = self.settings.adaptation.self_teacher == "ema"
         teacher = self.average.network["network"] if by_average else self.network
+        finest = labels[0] if isinstance(labels, list) else labels
         with self._mixed_precision():
-            loss = self.losses.self_losses(source, target, teacher)
+            loss, trust = self.losses.self_losses(source, target, teacher, finest[: self.num_source])
         self.adversarial_steps(loss, "network", *(["mapping"] if self.losses.has_styles else []))
-        return loss
+        return {"self": loss, "trust": torch.as_tensor(trust, device=self.device)}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Stock epoch end; the mean of every loss is logged, and a training that diverges stops."""
@@ -391,6 +395,7 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
             **super().checkpoint_extra(),
             "optimizers": {name: own.state_dict() for name, own in self.optimizers.items() if name != "network"},
             "average": self.average.state(),
+            "competence": self.losses.competence.counts,
             "training_cases": {dataset: sorted(own) for dataset, own in cases.items()},
         }
 
@@ -400,12 +405,14 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
         for name, state in self.restored["optimizers"].items():
             self.optimizers[name].load_state_dict(state)
         self.average.load_state(self.restored["average"])
+        counts = self.restored["competence"]
+        self.losses.competence.counts = None if counts is None else counts.to(self.device)
         del self.restored
 
     def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
         """Keep what can be restored only after the networks are built."""
         super().load_checkpoint_extra(extra)
-        self.restored = {name: extra[name] for name in ("optimizers", "average")}
+        self.restored = {name: extra[name] for name in ("optimizers", "average", "competence")}
 
 
 def with_task_code_network(plans: dict[str, Any], configuration: str) -> dict[str, Any]:

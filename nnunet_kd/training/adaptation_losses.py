@@ -1,7 +1,13 @@
 """The losses of one iteration of AdaIN-based domain adaptation and self-distillation, in pure torch.
 
-Source: Oh and Ye, ECCV 2022 (arXiv 2104.05892). L_discriminator = BCE(D(x), 1) + BCE(D(x'), 0) + w R1; L_translation =
-L_adversarial + w |E(x') - s| + w |G(x' to its own domain) - x| - w |x' - x''|; L_self = w |G(x, self code) - teacher|.
+Source: Oh and Ye, ECCV 2022 (arXiv 2104.05892); the guard is our design.
+
+L_discriminator = BCE(D(x), 1) + BCE(D(x'), 0) + w R1;
+L_translation = L_adversarial + w |E(x') - s| + w |G(x' to its own domain) - x| - w |x' - x''|;
+L_self = w |G(x, self code) - teacher|.
+
+The teacher of the target translates and then segments, and its errors cannot be seen there. On the labelled source they
+can: the guard compares what it says of translated source images with the segmentation of the images themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +23,10 @@ from nnunet_kd.losses import build_loss
 from nnunet_kd.losses.adversarial import fake_loss, r1_penalty, real_loss
 from nnunet_kd.networks.styles import LATENT_DIM
 from nnunet_kd.networks.task_codes import SOURCE, TARGET
-from nnunet_kd.settings import Adaptation
+from nnunet_kd.settings import Adaptation, Guard
+from nnunet_kd.spaces.labels import LabelSpace, match_label_spaces
+from nnunet_kd.training.distillation import common_target
+from nnunet_kd.training.guard import SegmentationCompetence
 
 SELF_BRANCH = 2  # of the mapping network, after those of the domains
 STYLE_MOMENTUM = 0.99  # of the stored mean styles
@@ -63,13 +72,18 @@ class AdaptationLosses:
         network: A TaskCodeNetwork.
         parts: See ``training_parts``; without "style" and "mapping" the codes are the numbers of the domains.
         settings: Weights.
-        regions: Whether the segmentation's channels are regions.
+        guard: What a poor teacher of the target is allowed.
+        space: Labels of the source.
     """
 
-    def __init__(self, network: Any, parts: nn.ModuleDict, settings: Adaptation, regions: bool) -> None:
-        self.network, self.parts, self.settings = network, parts, settings
+    def __init__(
+        self, network: Any, parts: nn.ModuleDict, settings: Adaptation, guard: Guard, space: LabelSpace
+    ) -> None:
+        self.network, self.parts, self.settings, self.guard = network, parts, settings, guard
         self.has_styles = "style" in parts
-        nonlinearity = "sigmoid" if regions else "softmax"
+        self.competence = SegmentationCompetence()
+        self.label_map, _ = match_label_spaces(space, space)
+        nonlinearity = "sigmoid" if space.regions else "softmax"
         self.self_loss = build_loss("logits", "l1", nonlinearity=nonlinearity, of=settings.self_on)
 
     def latent_codes(self, domain: Tensor) -> Tensor:
@@ -135,22 +149,34 @@ class AdaptationLosses:
         losses["cycle"] = settings.cycle * _distance(back, pair.images)
         return losses
 
-    def self_losses(self, source: Tensor, target: Tensor, teacher: Any) -> Tensor:
-        """The one-step segmentation of both domains against the teacher's, weighted.
+    def self_losses(
+        self, source: Tensor, target: Tensor, teacher: Any, labels: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        """The one-step segmentation of both domains against the teacher's.
 
         Args:
             source: Images [N, C, *S]; the teacher segments them as they are.
             target: Images [M, C, *S]; the teacher translates them to the source first, if translation is trained.
             teacher: A TaskCodeNetwork: the present network, or its moving average.
+            labels: nnU-Net's target of the source images, [N, 1 (or regions), *S].
+
+        Returns:
+            The weighted loss, and the guard's trust in the teacher of the target, in [0, 1], which is part of it.
         """
+        translates = self.settings.adversarial > 0
         with torch.no_grad():
             of_source = _finest(teacher(source, "seg"))
-            of_target = _finest(teacher(target, "two_step" if self.settings.adversarial > 0 else "seg"))
+            of_target = _finest(teacher(target, "two_step" if translates else "seg"))
+            if translates and self.guard.watches:
+                known, valid = common_target(labels, self.label_map)
+                in_two_steps = _finest(teacher(source, "two_step"))
+                self.competence.update(of_source, in_two_steps, known, valid, self.label_map.target.regions)
+        trust = self.competence.factor(self.guard.margin, self.guard.exponent)
         code, images = self.self_code(), torch.cat((source, target))
         student = _finest(self.network(images, "self", None if code is None else code.expand(len(images), -1)))
         on_source = self.self_loss(student[: len(source)], of_source)
         on_target = self.self_loss(student[len(source) :], of_target)
-        return self.settings.self_source * on_source + self.settings.self_target * on_target
+        return self.settings.self_source * on_source + trust * self.settings.self_target * on_target, trust
 
     @torch.no_grad()
     def store_styles(self, codes: Tensor, pair: Pair, step: int) -> None:

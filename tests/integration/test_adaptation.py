@@ -228,6 +228,7 @@ def test_a_killed_training_goes_on_where_it_was(planned_sites: Any, tmp_path: Pa
     logged = load_checkpoint(fold(world) / "checkpoint_final.pth")["logging"]
     assert len(logged["segmentation"]) == 4
     assert np.isnan(logged["self"]).tolist() == [True, True, False, False]
+    assert (killed["nnunet_kd"]["competence"] is None) == (epoch == 1)
     other = {**settings, "adaptation": {"cycle": 1.0}}
     assert "adaptation.cycle was 2.0, is 1.0" in train(world, 1, "--c", settings=other, check=False)
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from nnunet_kd.networks.styles import training_parts
 from nnunet_kd.networks.task_codes import NETWORKS, SOURCE, TARGET, task_code_architecture
-from nnunet_kd.settings import Adaptation
+from nnunet_kd.settings import Adaptation, Guard
+from nnunet_kd.spaces.labels import LabelSpace
 from nnunet_kd.training.adaptation_losses import AdaptationLosses, frozen, make_pair
 
 every_network = pytest.mark.parametrize("name", NETWORKS)
@@ -35,7 +36,7 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 
-def losses_of(name: str, **settings: Any) -> AdaptationLosses:
+def losses_of(name: str, guard: Guard | None = None, **settings: Any) -> AdaptationLosses:
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     torch.manual_seed(0)
@@ -43,7 +44,12 @@ def losses_of(name: str, **settings: Any) -> AdaptationLosses:
     network = get_network_from_plans(
         architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"], 1, 2
     )
-    return AdaptationLosses(network, training_parts(architecture, 1), Adaptation(**settings), regions=False)
+    space = LabelSpace.from_dataset_json({"labels": {"background": 0, "lung": 1}})
+    return AdaptationLosses(network, training_parts(architecture, 1), Adaptation(**settings), guard or Guard(), space)
+
+
+def no_labels(number: int) -> Tensor:
+    return torch.zeros(number, 1, 16, 16)
 
 
 def images(number: int, seed: int) -> Tensor:
@@ -122,7 +128,8 @@ def test_self_distillation_compares_one_step_with_two(name: str) -> None:
     with torch.no_grad():
         for weight in network.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
-    value = losses.self_losses(source, target, network)
+    value, trust = losses.self_losses(source, target, network, no_labels(2))
+    assert trust == 1  # there is no guard
     code = losses.self_code()
     with torch.no_grad():
 
@@ -141,7 +148,7 @@ def test_self_distillation_compares_one_step_with_two(name: str) -> None:
 
 def test_the_teacher_of_self_distillation_gets_no_gradient() -> None:
     losses, teacher = losses_of("stargan"), losses_of("stargan").network
-    losses.self_losses(images(1, 0), images(1, 1), teacher).backward()
+    losses.self_losses(images(1, 0), images(1, 1), teacher, no_labels(1))[0].backward()
     assert not touched(teacher)
 
 
@@ -152,7 +159,47 @@ def test_without_translation_the_teacher_segments_the_target_as_it_is() -> None:
         for weight in losses.network.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
         expected = (losses.network(target, "self") - losses.network(target, "seg")).abs().mean()
-    assert losses.self_losses(source, target, losses.network).item() == pytest.approx(expected.item(), rel=1e-5)
+    value, _ = losses.self_losses(source, target, losses.network, no_labels(1))
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+class Teacher(nn.Module):
+    """Segments as it is told: by task."""
+
+    def __init__(self, **logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, image: Tensor, task: str) -> Tensor:
+        return self.logits[task].expand(len(image), -1, -1, -1)
+
+
+def logits_of(mask: Tensor) -> Tensor:
+    return torch.stack((1 - mask, mask))[None] * 5
+
+
+def test_the_guard_trusts_two_steps_as_far_as_they_are_right_on_the_source() -> None:
+    """Dice of the direct segmentation 1, of that in two steps 2/3 or 1: its power times what the margin leaves."""
+    mask = torch.zeros(16, 16)
+    mask[:4] = 1
+    half = torch.zeros(16, 16)
+    half[:2] = 1  # Dice 2 * 32 / (32 + 64) = 2/3
+    labels = mask[None, None]
+    source, target = images(1, 0), images(1, 1)
+    for two_steps, guard, expected in (
+        (half, Guard(margin=0.5, exponent=2.0), (2 / 3) ** 2 * (1 - (1 / 3) / 0.5)),
+        (half, Guard(margin=0.1, exponent=4.0), 0.0),
+        (mask, Guard(margin=0.1, exponent=4.0), 1.0),
+        (half, Guard(margin=None, exponent=0.0), 1.0),
+    ):
+        losses = losses_of("stargan", guard, self_source=0.0, self_target=3.0)
+        teacher = Teacher(seg=logits_of(mask), two_step=logits_of(two_steps))
+        value, trust = losses.self_losses(source, target, teacher, labels)
+        assert float(trust) == pytest.approx(expected, abs=1e-6)
+        with torch.no_grad():
+            one_step = losses.network(target, "self", losses.self_code())
+            on_target = (one_step - logits_of(two_steps)).abs().mean()
+        assert value.item() == pytest.approx(3 * expected * on_target.item(), rel=1e-4, abs=1e-6)
 
 
 def test_stored_styles_are_the_moving_means_of_their_domains() -> None:
