@@ -18,7 +18,14 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from tqdm import tqdm
 
 from nnunet_kd.data.add_unlabeled import add_unlabeled, added_cases
-from nnunet_kd.data.domains import REFERENCES, domain_cases, target_collection, target_folder, target_name
+from nnunet_kd.data.domains import (
+    REFERENCES,
+    domain_cases,
+    refuse_shared_cases,
+    target_collection,
+    target_folder,
+    target_name,
+)
 from nnunet_kd.data.image_headers import read_header
 from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.data.tasks import Tasks
@@ -41,6 +48,8 @@ def prepare_source(source: str, steps: StockSteps, configurations: Sequence[str]
 
     Raises:
         AdaptationError: The source has no masks.
+        JointDatasetError: Its plans have no such configuration.
+        NotImplementedError: A configuration is the second stage of a cascade.
     """
     tasks = declared_tasks(source)
     if not tasks.segmentation:
@@ -50,10 +59,13 @@ def prepare_source(source: str, steps: StockSteps, configurations: Sequence[str]
         )
     prepare_side_files(source, tasks)
     prepare_member(source, steps, ())
+    members = [Member(source, steps.plans_name, configuration) for configuration in configurations]
+    if any(member.configuration_manager.previous_stage_name is not None for member in members):
+        raise NotImplementedError("AdaIN is not supported in the second stage of a cascade. Plan 3d_lowres instead.")
     if preprocess:
-        prepare_member(source, StockSteps(steps.planner, steps.plans_name, num_processes=steps.num_processes),
-                       configurations)  # fmt: skip
-    write_splits(Member(source, steps.plans_name, configurations[0]))
+        stock = StockSteps(steps.planner, steps.plans_name, num_processes=steps.num_processes)
+        prepare_member(source, stock, configurations)
+    write_splits(members[0])
 
 
 def prepare_target(
@@ -72,9 +84,15 @@ def prepare_target(
         AdaptationError: The target has other channels or sizes, or no images.
         UnlabeledError: Images cannot be preprocessed (lists all problems), or are copies of the source's.
     """
+    folder = target_folder(source, target)
     raw = Path(str(nnUNet_raw)) / target
-    dataset_json = read_json(raw / "dataset.json", "The target's images are needed. Put the dataset there.")
     members = [Member(source, plans_name, configuration) for configuration in configurations]
+    collection = target_collection(target)
+    is_prepared = (folder / "dataset.json").is_file() and all(added_cases(member, collection) for member in members)
+    if is_prepared and not (raw / "dataset.json").is_file():
+        print(f"INFO: {raw} is not there; what was prepared of {target} before is taken as it is.")
+        return len(added_cases(members[0], collection))
+    dataset_json = read_json(raw / "dataset.json", "The target's images are needed. Put the dataset there.")
     own, others = members[0].channel_names, channel_names(dataset_json)
     if own != others:
         raise AdaptationError(
@@ -87,14 +105,19 @@ def prepare_target(
         raise AdaptationError(f"The target {target} has no images in {images}. Put them there.")
     if not any_size:
         _refuse_other_sizes(members[0], target, images)
-    add_unlabeled(members, images, num_processes, collection=target_collection(target))
-    folder = target_folder(source, target)
+    add_unlabeled(members, images, num_processes, collection=collection)
     prepare_side_files(target, Tasks.from_dataset_json(dataset_json))
-    cases = added_cases(members[0], target_collection(target))
+    cases = added_cases(members[0], collection)
     view = Member(target, plans_name, configurations[0], {"plans": members[0].plans, "dataset_json": dataset_json})
     view.base_folder.mkdir(parents=True, exist_ok=True)
     if not view.splits_file.is_file():  # then the target's own trainings have the same folds
         write_json(view.splits_file, planned_splits(view, cases))
+    unused = set(cases) - {case for split in planned_splits(view, cases) for side in split.values() for case in side}
+    if unused:
+        print(
+            f"INFO: {len(unused)} images of {target} are in no fold of {view.splits_file} and will not be used. "
+            f"Correct that file to use them."
+        )
     write_json(folder / "dataset.json", dataset_json)
     _keep_references(source, target, raw / "labelsTr", cases, dataset_json)
     return len(cases)
@@ -143,9 +166,14 @@ def _keep_references(
     folder.mkdir(parents=True, exist_ok=True)
     for case in tqdm(cases, desc="Masks for the final evaluation"):
         name = f"{case}{dataset_json['file_ending']}"
-        if not (folder / name).is_file() and (masks / name).is_file():
+        if (masks / name).is_file() and not _is_copied(masks / name, folder / name):
             with replacing(folder / name) as temporary:
                 shutil.copyfile(masks / name, temporary)
+
+
+def _is_copied(mask: Path, copy_of_it: Path) -> bool:
+    """Whether a copy is there and not older than its original, which may have been corrected."""
+    return copy_of_it.is_file() and copy_of_it.stat().st_mtime >= mask.stat().st_mtime
 
 
 def write_adaptation_plans(
@@ -174,6 +202,8 @@ def write_adaptation_plans(
         for name, domain in (("source", settings.source), ("target", settings.target))
     }
     plans["configurations"] = {name: plans["configurations"][name] for name in _with_parents(plans, configurations)}
+    for configuration in plans["configurations"].values():
+        configuration.pop("next_stage", None)  # stock validation would predict for a cascade that is not planned here
     plans["plans_name"] = plans_name
     plans[BLOCK] = {
         "student": {"base": base_plans},
@@ -224,6 +254,9 @@ def check_domains(source: str, settings: Adaptation, base_plans: str, configurat
     if target != source:
         target_json = read_json(target_folder(source, target) / "dataset.json", "Plan the adaptation again.")
         target_cases = tuple(added_cases(member, target_collection(target)))
+
+    if target == source:
+        refuse_shared_cases(member, settings, member_cases(member))
 
     def count(name: str, dataset: str, dataset_json: Mapping[str, Any], domain: Domain, cases: Sequence[str]) -> int:
         own = domain_cases(dataset, dataset_json, domain, cases)

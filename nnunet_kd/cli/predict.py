@@ -64,10 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.code is not None or args.translate is not None:
         from nnunet_kd.inference.task_codes import choose_prediction, translate_files
 
-        choose_prediction(predictor, args.code or args.translate)
+        recorded = model.load(next(iter(model.files))).get("nnunet_kd", {})
+        choose_prediction(predictor, args.code or args.translate, recorded.get("settings"))
         if args.translate is not None:
             overwrite, bar = not args.continue_prediction, not args.disable_progress_bar
-            translate_files(predictor, images, Path(args.o), overwrite, bar)
+            part = slice(args.part_id, None, args.num_parts)
+            translate_files(predictor, images, Path(args.o), overwrite, bar, part)
             return
     shared = {
         "save_probabilities": args.save_probabilities,

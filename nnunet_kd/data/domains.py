@@ -20,7 +20,7 @@ from nnunet_kd.data.splits import REPAIR_SPLITS, fold_cases
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.data.unlabeled_checks import some_of
 from nnunet_kd.errors import AdaptationError
-from nnunet_kd.settings import Adaptation, Domain
+from nnunet_kd.settings import BLOCK, Adaptation, Domain
 
 TARGETS = "nnunet_kd_target"  # folder beside the source's preprocessed data, with one folder per target dataset
 REFERENCES = "gt_segmentations"  # as nnU-Net names it
@@ -34,15 +34,17 @@ class Target:
         dataset: Full name of its dataset.
         folder: Its preprocessed images.
         training: Cases that are trained on, without their labels.
-        validation: Cases that are held back for the final evaluation.
-        base: Folder with its ``gt_segmentations``; None where it has no masks that could be compared.
+        validation: Cases that are held back.
+        evaluated: Those of them that have a mask, for the final evaluation.
+        base: Folder with its ``gt_segmentations``.
     """
 
     dataset: str
     folder: Path
     training: list[str]
     validation: list[str]
-    base: Path | None
+    evaluated: list[str]
+    base: Path
 
 
 def target_folder(source: str, target: str) -> Path:
@@ -161,8 +163,25 @@ def find_target(member: Member, settings: Adaptation, fold: int | str, split: tu
             f"The target of the adaptation is empty: fold {fold} of {name} has no training case"
             f"{_with_label(settings.target)}. Choose another fold or label, or correct splits_final.json."
         )
-    has_masks = (base / REFERENCES).is_dir() and Tasks.from_dataset_json(dataset_json).segmentation
-    return Target(name, folder, training, validation, base if has_masks and validation else None)
+    if name == member.name:
+        refuse_shared_cases(member, settings, split[0] + split[1])
+    validation = [] if fold == "all" else validation  # which trains on all
+    has_masks, ending = Tasks.from_dataset_json(dataset_json).segmentation, member.dataset_json["file_ending"]
+    evaluated = [case for case in validation if has_masks and (base / REFERENCES / f"{case}{ending}").is_file()]
+    return Target(name, folder, training, validation, evaluated, base)
+
+
+def refuse_shared_cases(member: Member, settings: Adaptation, cases: Sequence[str]) -> None:
+    """Raise AdaptationError where cases of a divided dataset belong to both domains."""
+    source, target = (
+        domain_cases(member.name, member.dataset_json, domain, cases) for domain in (settings.source, settings.target)
+    )
+    shared = sorted(set(source) & set(target))
+    if shared:
+        raise AdaptationError(
+            f"{len(shared)} cases of {member.name} are source and target of the adaptation at once "
+            f"({some_of(shared)}). Give the domains columns and labels that exclude each other."
+        )
 
 
 def source_cases(member: Member, domain: Domain, cases: Sequence[str], fold: int | str) -> list[str]:
@@ -197,8 +216,11 @@ def _with_label(domain: Domain) -> str:
 
 
 def _command(member: Member, target: str) -> str:
-    base = member.plans.get("nnunet_kd", {}).get("student", {}).get("base", member.plans_name)
-    return (
-        f"nnUNetKD_plan_adaptation -source {member.name[7:10]} -target {target[7:10]} -c {member.configuration} "
-        f"-p {base}"
-    )
+    block = member.plans.get(BLOCK, {})
+    command = f"nnUNetKD_plan_adaptation -source {member.name[7:10]} -target {target[7:10]} -c {member.configuration}"
+    if "adaptation" not in block:
+        return f"{command} -p {member.plans_name}"
+    planned = block["adaptation"]
+    command += f" -p {block['student']['base']} -plans_name {member.plans_name} --network {planned['network']}"
+    labels = ((f"-{name}_label", planned.get(name, {}).get("label")) for name in ("source", "target"))
+    return command + "".join(f" {flag} {label}" for flag, label in labels if label is not None)

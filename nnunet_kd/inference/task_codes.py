@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,23 @@ class _Channels:
         self.num_segmentation_heads = num_channels
 
 
-def choose_prediction(predictor: nnUNetPredictor, prediction: str) -> None:
+def choose_prediction(predictor: nnUNetPredictor, prediction: str, settings: Mapping[str, Any] | None = None) -> None:
     """Say what the predictor's network gives: "self", "seg", "two_step", or an image of "source" or "target".
 
+    Args:
+        predictor: Ready to predict.
+        prediction: One of these.
+        settings: Of the training, as its checkpoint has them; None does not look at them.
+
     Raises:
-        NnUNetKDError: The model was not trained by nnUNetTrainerAdaIN.
+        NnUNetKDError: The model was not trained by nnUNetTrainerAdaIN, or without what is asked of it.
     """
+    adversarial = 1 if settings is None else settings.get("adaptation", {}).get("adversarial", 1)
+    if adversarial == 0 and prediction not in ("self", "seg"):
+        raise NnUNetKDError(
+            "This model was trained without translation ('adaptation.adversarial' is 0), so that it has no --translate "
+            "and no --code two_step. Use --code self or seg."
+        )
     network = unwrapped(predictor.network)
     if not isinstance(network, TaskCodeNetwork):
         raise NnUNetKDError(
@@ -50,7 +61,12 @@ def choose_prediction(predictor: nnUNetPredictor, prediction: str) -> None:
 
 
 def translate_files(
-    predictor: nnUNetPredictor, images: str | list[list[str]], output: Path, overwrite: bool, show_progress: bool
+    predictor: nnUNetPredictor,
+    images: str | list[list[str]],
+    output: Path,
+    overwrite: bool,
+    show_progress: bool,
+    part: slice = slice(None),
 ) -> list[Path]:
     """Write every image in another domain, in the geometry and the range of intensities of the original.
 
@@ -60,12 +76,13 @@ def translate_files(
         output: Existing folder; files are named as the originals.
         overwrite: Also translate cases that are there already.
         show_progress: Show a bar.
+        part: Of the cases, where several calls share them.
 
     Returns:
         The files.
 
     Raises:
-        NnUNetKDError: There are no images.
+        NnUNetKDError: There are no images, or they lie in the output folder.
         NotImplementedError: nnU-Net reads these files by another class than SimpleITKIO and NaturalImage2DIO.
     """
     ending = predictor.dataset_json["file_ending"]
@@ -78,8 +95,14 @@ def translate_files(
             f"Translated images cannot be written for the reader {type(reader).__name__}. Use files that nnU-Net reads "
             f"with SimpleITKIO (nii.gz, nrrd, mha) or NaturalImage2DIO (png, bmp, tif)."
         )
+    inputs = {Path(file).resolve() for files in cases for file in files}
+    if any((output / file.name).resolve() in inputs for file in inputs):
+        raise NnUNetKDError(
+            f"The output folder {output} is that of the images, which would be overwritten: translated images have the "
+            f"names of the originals. Give another folder with -o."
+        )
     written = []
-    for files in tqdm(cases, desc="Translating", disable=not show_progress):
+    for files in tqdm(cases[part], desc="Translating", disable=not show_progress):
         paths = [output / Path(file).name for file in files]
         if overwrite or not all(path.is_file() for path in paths):
             original, properties = reader.read_images(files)
@@ -107,16 +130,33 @@ def _translate(predictor: nnUNetPredictor, original: NDArray[np.float32], proper
     normalised = preprocessor._normalize(
         cropped.copy(), mask, configuration, plans.foreground_intensity_properties_per_channel
     )
-    restored = np.stack([_with_range(*channel) for channel in zip(resampled, normalised, cropped, strict=True)])
+    everywhere = np.ones(shape, dtype=bool)
+    inside = [mask[0] >= 0 if uses_mask else everywhere for uses_mask in configuration.use_mask_for_norm]
+    channels = zip(resampled, normalised, cropped, inside, strict=True)
+    restored = np.stack([_with_range(*channel) for channel in channels])
     whole = insert_crop_into_image(transposed, restored, properties["bbox_used_for_cropping"])
     return whole.transpose([0, *(axis + 1 for axis in plans.transpose_backward)])
 
 
-def _with_range(image: NDArray[Any], normalised: NDArray[Any], original: NDArray[Any]) -> NDArray[Any]:
-    """Undo a channel's normalisation, which is linear up to clipping: by the slope that it had on this image."""
-    spread = float(normalised.std())
-    slope = float(original.std()) / spread if spread > 0 else 1.0
-    return (image - float(normalised.mean())) * slope + float(original.mean())
+def _with_range(
+    image: NDArray[Any], normalised: NDArray[Any], original: NDArray[Any], inside: NDArray[np.bool_]
+) -> NDArray[Any]:
+    """Undo a channel's normalisation, which is linear up to clipping, by the line that it was on this image.
+
+    Args:
+        image: Normalised intensities to bring back, [*S].
+        normalised: The original, normalised.
+        original: As it was.
+        inside: Voxels that were normalised; the others stay as they were.
+    """
+    before, after = original[inside].astype(np.float64), normalised[inside].astype(np.float64)
+    unclipped = (after > after.min()) & (after < after.max()) if after.size else after.astype(bool)
+    if unclipped.sum() > 1 and np.ptp(after[unclipped]) > 0:
+        before, after = before[unclipped], after[unclipped]
+    if not after.size or np.ptp(after) == 0:
+        return original
+    slope, offset = np.polyfit(after, before, 1)
+    return np.where(inside, image * slope + offset, original)
 
 
 def _write(

@@ -73,26 +73,26 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
                 f"The source {plans['dataset_name']} has no masks, so there is nothing to adapt. Name a dataset with "
                 f"segmentations as the source."
             )
+        need_plain_plans(plans, configuration, "AdaIN", "the images of the target have no segmentation of the first")
         plans = with_task_code_network(plans, configuration)
         _refuse_other_network(f"{type(self).__name__}__{plans['plans_name']}__{configuration}", plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.network_name = planned_network(self.configuration_manager.configuration["architecture"])
         self.enable_deep_supervision = self.network_name == "conditional_unet"
-        adaptation = self.settings.adaptation
-        target_name(self.plans_manager.dataset_name, adaptation)
         # at least one epoch for each stage
-        self.stage_2_epoch = max(1, min(self.num_epochs - 1, round(adaptation.stage_1 * self.num_epochs)))
+        share = self.settings.adaptation.stage_1
+        self.stage_2_epoch = max(1, min(self.num_epochs - 1, round(share * self.num_epochs)))
         self.step_in_epoch = 0
         self.images_before: tuple[Tensor, Tensor] | None = None
 
     def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
         """The network's preset; terms and teachers are for students."""
         del fold
-        need_plain_plans(plans, configuration, "AdaIN", "the images of the target have no segmentation of the first")
         given = (plans.get(BLOCK, {}), read_user_settings())
         layers = [{key: value for key, value in layer.items() if key not in ("teachers", "terms")} for layer in given]
         network = planned_network(PlansManager(plans).get_configuration(configuration).configuration["architecture"])
         settings = resolve_settings(GUARD, PRESETS[network or "stargan"], *layers)
+        target_name(plans["dataset_name"], settings.adaptation)
         if settings.training.num_epochs < 2:
             raise SettingsError("'training.num_epochs' is 1, but adaptation has two stages. Give it at least 2.")
         return settings
@@ -275,9 +275,11 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
         teacher = self.average.network["network"] if by_average else self.network
         finest = labels[0] if isinstance(labels, list) else labels
         with self._mixed_precision():
-            loss, trust = self.losses.self_losses(source, target, teacher, finest[: self.num_source])
+            taught = self.losses.self_targets(source, target, teacher, finest[: self.num_source])
+        with self._mixed_precision():
+            loss = self.losses.self_loss(source, target, *taught)
         self.adversarial_steps(loss, "network", *(["mapping"] if self.losses.has_styles else []))
-        return {"self": loss, "trust": torch.as_tensor(trust, device=self.device)}
+        return {"self": loss, "trust": torch.as_tensor(taught[-1], device=self.device)}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Stock epoch end; the mean of every loss is logged, and a training that diverges stops."""
@@ -289,14 +291,14 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
             self.print_to_log_file(f"{left_out} steps of the optimizers were not finite and left out.")
         if not steps.num_taken:
             raise AdaptationError(
-                f"The training diverged: no step of epoch {self.current_epoch} was finite. Go on from the last "
-                f"checkpoint (--c) with a smaller 'adaptation.learning_rate' (it is "
-                f"{self.settings.adaptation.learning_rate:g}) or a smaller 'adaptation.r1'."
+                f"The training diverged: no step of epoch {self.current_epoch} was finite. Train anew with a smaller "
+                f"'adaptation.learning_rate' (it is {self.settings.adaptation.learning_rate:g}) or 'adaptation.r1'."
             )
         # NaN: not a part of this stage
-        means = np.mean([output["losses"] for output in train_outputs], axis=0)
+        values = np.array([output["losses"] for output in train_outputs])
+        means = [float(np.nanmean(own)) if np.isfinite(own).any() else float("nan") for own in values.T]
         for name, value in zip(LOSSES, means, strict=True):
-            self.logger.log(name, float(value), self.current_epoch)
+            self.logger.log(name, value, self.current_epoch)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in zip(LOSSES, means, strict=True) if value == value)
         self.print_to_log_file(f"Stage {self.stage}: {shown}")
 
@@ -314,6 +316,13 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
         """Stock validation on the source: of the segmentation without a code in stage 1, of the one-step in stage 2."""
         with replaced(self.network, predicts="seg" if self.stage == 1 else "self"):
             return super().validation_step(batch)
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """Stock pseudo Dice; its moving average, which chooses checkpoint_best, begins anew in stage 2."""
+        super().on_validation_epoch_end(val_outputs)
+        if self.current_epoch == self.stage_2_epoch:
+            logged = self.logger.local_logger.my_fantastic_logging
+            logged["ema_fg_dice"][-1] = logged["mean_fg_dice"][-1]
 
     def on_epoch_end(self) -> None:
         """Stock epoch end; losses go into progress.png, and what the network does into a figure."""
@@ -360,13 +369,16 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
         super().perform_actual_validation(save_probabilities)
         self.do_split()
         target = find_target(self.own_dataset(), self.settings.adaptation, self.fold, self.whole_split)
-        if target.base is None:
+        if not target.evaluated:
             self.print_to_log_file(f"{target.dataset} has no masks of held-back cases: no validation of the target.")
             return
-        self.print_to_log_file(f"Validation of {len(target.validation)} held-back cases of the target")
+        self.print_to_log_file(
+            f"Validation of {len(target.evaluated)} of {len(target.validation)} held-back cases of the target, those "
+            f"with masks"
+        )
         with replaced(
             self,
-            do_split=lambda: ([], target.validation),
+            do_split=lambda: ([], target.evaluated),
             preprocessed_dataset_folder=str(target.folder),
             preprocessed_dataset_folder_base=str(target.base),
             output_folder=str(Path(self.output_folder) / "target"),
@@ -386,6 +398,13 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
             return None
         weights: dict[str, Tensor] = self.average.network["network"].state_dict()
         return weights
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Stock; a network of stage 1, whose self code has not been trained, segments without one by default, too."""
+        if self.current_epoch < self.stage_2_epoch:
+            for networks in (self.followed, self.average.network):
+                networks["network"].start_self_code()
+        super().save_checkpoint(filename)
 
     def checkpoint_extra(self) -> dict[str, Any]:
         """Also what else resumes: the other optimizers and the moving average; and all cases that were seen."""
@@ -444,8 +463,11 @@ def _refuse_other_network(model: str, plans: Mapping[str, Any], configuration: s
     file = Path(str(nnUNet_results)) / plans["dataset_name"] / model / "plans.json"
     if not file.is_file() or not any(file.parent.glob("fold_*/checkpoint_*.pth")):
         return
-    before = read_json(file, "Move the broken model away.")["configurations"][configuration]["architecture"]
-    if planned_network(before) != planned_network(plans["configurations"][configuration]["architecture"]):
+    before, now = (
+        PlansManager(own).get_configuration(configuration).configuration["architecture"]
+        for own in (read_json(file, "Move the broken model away."), plans)
+    )
+    if planned_network(before) != planned_network(now):
         raise SettingsError(
             f"{file.parent} holds folds of the network '{planned_network(before)}'. Train another one under plans of "
             f"its own: nnUNetKD_plan_adaptation --network NAME -plans_name NAME."

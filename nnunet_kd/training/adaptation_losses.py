@@ -84,7 +84,7 @@ class AdaptationLosses:
         self.competence = SegmentationCompetence()
         self.label_map, _ = match_label_spaces(space, space)
         nonlinearity = "sigmoid" if space.regions else "softmax"
-        self.self_loss = build_loss("logits", "l1", nonlinearity=nonlinearity, of=settings.self_on)
+        self.difference = build_loss("logits", "l1", nonlinearity=nonlinearity, of=settings.self_on)
 
     def latent_codes(self, domain: Tensor) -> Tensor:
         """Codes of random latent vectors for the domains [B]."""
@@ -116,7 +116,7 @@ class AdaptationLosses:
         discriminator = self.parts["discriminator"]
         penalised = self.settings.r1 > 0
         with _full_precision(pair.images):  # the penalty's second derivative overflows in half precision
-            real = pair.images.float().requires_grad_(penalised)
+            real = pair.images.detach().float().requires_grad_(penalised)  # the flag is not to spread to the images
             logits = discriminator(real, pair.own)
             loss = real_loss(logits)
             if penalised:
@@ -149,10 +149,14 @@ class AdaptationLosses:
         losses["cycle"] = settings.cycle * _distance(back, pair.images)
         return losses
 
-    def self_losses(
+    @torch.no_grad()
+    def self_targets(
         self, source: Tensor, target: Tensor, teacher: Any, labels: Tensor
-    ) -> tuple[Tensor, Tensor | float]:
-        """The one-step segmentation of both domains against the teacher's.
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """What the teacher says of both domains, and how far the guard trusts it.
+
+        Not to be called within the autocast of :meth:`self_loss`: some versions of torch would go on there with copies
+        of the weights that have no gradient.
 
         Args:
             source: Images [N, C, *S]; the teacher segments them as they are.
@@ -161,22 +165,26 @@ class AdaptationLosses:
             labels: nnU-Net's target of the source images, [N, 1 (or regions), *S].
 
         Returns:
-            The weighted loss, and the guard's trust in the teacher of the target, in [0, 1], which is part of it.
+            Logits of source and target, and the trust in those of the target, in [0, 1].
         """
         translates = self.settings.adversarial > 0
-        with torch.no_grad():
-            of_source = _finest(teacher(source, "seg"))
-            of_target = _finest(teacher(target, "two_step" if translates else "seg"))
-            if translates and self.guard.watches:
-                known, valid = common_target(labels, self.label_map)
-                in_two_steps = _finest(teacher(source, "two_step"))
-                self.competence.update(of_source, in_two_steps, known, valid, self.label_map.target.regions)
-        trust = self.competence.factor(self.guard.margin, self.guard.exponent)
+        of_source = _finest(teacher(source, "seg"))
+        of_target = _finest(teacher(target, "two_step" if translates else "seg"))
+        if translates and self.guard.watches:
+            known, valid = common_target(labels, self.label_map)
+            in_two_steps = _finest(teacher(source, "two_step"))
+            self.competence.update(of_source, in_two_steps, known, valid, self.label_map.target.regions)
+        return of_source, of_target, self.competence.factor(self.guard.margin, self.guard.exponent)
+
+    def self_loss(
+        self, source: Tensor, target: Tensor, of_source: Tensor, of_target: Tensor, trust: Tensor | float
+    ) -> Tensor:
+        """The one-step segmentation of both domains against :meth:`self_targets`, weighted."""
         code, images = self.self_code(), torch.cat((source, target))
         student = _finest(self.network(images, "self", None if code is None else code.expand(len(images), -1)))
-        on_source = self.self_loss(student[: len(source)], of_source)
-        on_target = self.self_loss(student[len(source) :], of_target)
-        return self.settings.self_source * on_source + trust * self.settings.self_target * on_target, trust
+        on_source = self.difference(student[: len(source)], of_source)
+        on_target = self.difference(student[len(source) :], of_target)
+        return self.settings.self_source * on_source + trust * self.settings.self_target * on_target
 
     @torch.no_grad()
     def store_styles(self, codes: Tensor, pair: Pair, step: int) -> None:
@@ -193,9 +201,10 @@ class AdaptationLosses:
             return
         weight = 1 - min(1 - 1 / (step + 1), STYLE_MOMENTUM)
         for domain in (SOURCE, TARGET):
-            chosen = (pair.other == domain).to(codes.dtype)[:, None]
-            mean = (codes * chosen).sum(0) / chosen.sum()
-            self.network.codes[domain].lerp_(mean.float(), weight)
+            chosen = (pair.other == domain)[:, None]
+            mean = (torch.where(chosen, codes, 0).sum(0) / chosen.sum()).float()
+            stored = self.network.codes[domain]
+            stored.copy_(torch.where(mean.isfinite().all(), stored.lerp(mean, weight), stored))
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from nnunetv2.run.run_training import get_trainer_from_args
 from PIL import Image
 
 from nnunet_kd.teachers.checkpoint import load_checkpoint
@@ -63,6 +66,14 @@ def fold(world: Any, dataset: str = SOURCE, plans: str = "nnUNetKDPlans", config
 
 def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def logged_averages(checkpoint: dict[str, Any]) -> list[float]:
+    return [float(value) for value in checkpoint["logging"]["ema_fg_dice"]]
+
+
+def logged_means(checkpoint: dict[str, Any]) -> list[float]:
+    return [float(value) for value in checkpoint["logging"]["mean_fg_dice"]]
 
 
 def write_findings(folder: Path, names: list[str]) -> None:
@@ -132,6 +143,7 @@ def test_both_stages_in_one_training(trained_sites: Any, plans: str) -> None:
     assert predicted == set(splits["val"])
     stage_1, final = (load_checkpoint(folder / f"checkpoint_{name}.pth") for name in ("stage_1", "final"))
     assert stage_1["current_epoch"] == 1
+    assert logged_averages(final) == logged_means(final)  # of one epoch each, and stage 2 begins anew
     assert final["nnunet_kd"]["training_cases"][TARGET] == sorted(splits["train"])
     names = set(final["network_weights"])
     assert not any(name.startswith(("discriminator", "style", "mapping")) for name in names)
@@ -175,21 +187,28 @@ def test_export(trained_sites: Any, tmp_path: Path) -> None:
     assert "does not come with nnU-Net" in refused
 
 
+def invert_masks(folder: Path, cases: list[str] | None = None) -> None:
+    for file in folder.iterdir():
+        if cases is None or file.stem in cases:
+            Image.fromarray(1 - np.asarray(Image.open(file))).save(file)
+
+
 def test_the_masks_of_the_target_are_used_for_nothing_but_the_final_evaluation(
     planned_sites: Any, tmp_path: Path
 ) -> None:
-    """Other masks, or none: the same weights, bit by bit, and other scores."""
+    """Other masks before anything is prepared, or none: the same weights, bit by bit, and other scores."""
     weights, scores = [], []
     for kind in ("true", "other", "none"):
         world = planned_sites.copy(tmp_path / kind)
-        masks = world.preprocessed / SOURCE / "nnunet_kd_target" / TARGET / "gt_segmentations"
-        if kind == "none":
-            shutil.rmtree(masks)
-            shutil.rmtree(world.raw / TARGET / "labelsTr")
-        elif kind == "other":
-            for file in masks.iterdir():
-                Image.fromarray(1 - np.asarray(Image.open(file))).save(file)
-            shutil.rmtree(world.raw / TARGET / "labelsTr")
+        prepared = world.preprocessed / SOURCE / "nnunet_kd_target"
+        if kind != "true":
+            shutil.rmtree(prepared)
+            shutil.rmtree(world.preprocessed / TARGET)
+            if kind == "none":
+                shutil.rmtree(world.raw / TARGET / "labelsTr")
+            else:
+                invert_masks(world.raw / TARGET / "labelsTr")
+            plan(world, "-source", "1", "-target", "2")
         output = train(world)
         weights.append(load_checkpoint(fold(world) / "checkpoint_final.pth")["network_weights"])
         summary = fold(world) / "target" / "validation" / "summary.json"
@@ -198,37 +217,115 @@ def test_the_masks_of_the_target_are_used_for_nothing_but_the_final_evaluation(
             assert not summary.exists()
         else:
             scores.append(json.loads(summary.read_text())["foreground_mean"]["Dice"])
-        shutil.rmtree(world.results)
+        shutil.rmtree(world.preprocessed)
     assert equal(weights[0], weights[1])
     assert equal(weights[0], weights[2])
     assert scores[0] != scores[1]
 
 
-@pytest.mark.parametrize("epoch", [1, 3], ids=["in stage 1", "in stage 2"])
-def test_a_killed_training_goes_on_where_it_was(planned_sites: Any, tmp_path: Path, epoch: int) -> None:
-    """Of four epochs; everything that trains comes back exactly."""
+def test_nor_are_those_of_the_other_part_of_a_divided_dataset(planned_sites: Any, tmp_path: Path) -> None:
+    weights = []
+    for kind in ("true", "other"):
+        world = planned_sites.copy(tmp_path / kind)
+        if kind == "other":
+            ill = [f"source_{index:03d}" for index in range(1, 10, 2)]
+            invert_masks(world.raw / SOURCE / "labelsTr", ill)
+            shutil.rmtree(world.preprocessed / SOURCE / "nnUNetPlans_2d")
+            plan(world, "-source", "1", "-target", "1", "-source_label", "normal", "-target_label", "tuberculosis",
+                 "-plans_name", "nnUNetKDPlansParts")  # fmt: skip
+        train(world, plans="nnUNetPlans", settings={**SETTINGS, "adaptation": DIVIDED})
+        weights.append(load_checkpoint(fold(world, plans="nnUNetPlans") / "checkpoint_final.pth")["network_weights"])
+    assert equal(*weights)
+
+
+def test_masks_of_some_held_back_cases_are_enough(trained_sites: Any, tmp_path: Path) -> None:
+    world = trained_sites.copy(tmp_path)
+    splits = json.loads((world.preprocessed / TARGET / "splits_final.json").read_text())
+    held_back, trained = splits[0]["val"], splits[0]["train"]
+    splits[0] = {"train": trained[:-1], "val": [*held_back, trained[-1]]}
+    (world.preprocessed / TARGET / "splits_final.json").write_text(json.dumps(splits))
+    references = world.preprocessed / SOURCE / "nnunet_kd_target" / TARGET / "gt_segmentations"
+    (references / f"{trained[-1]}.png").unlink()
+    assert "1 of 2 held-back cases" in train(world, 1, "--val")
+    predicted = {file.stem for file in (fold(world) / "target" / "validation").glob("*.png")}
+    assert predicted == set(held_back)
+
+
+def test_a_stage_for_a_cascade_is_not_planned(planned_sites: Any, tmp_path: Path) -> None:
+    """Stock validation of 3d_lowres would ask for the configuration of the next stage."""
     world = planned_sites.copy(tmp_path)
-    settings = {**SETTINGS, "training": {**SHORT, "num_epochs": 4, "save_every": 1}}
+    file = world.preprocessed / SOURCE / "nnUNetPlans.json"
+    stock = json.loads(file.read_text())
+    stock["configurations"]["2d"]["next_stage"] = "cascade"
+    file.write_text(json.dumps(stock))
+    plan(world, "-source", "1", "-target", "2", "-plans_name", "nnUNetKDPlansLow")
+    planned = json.loads(file.with_name("nnUNetKDPlansLow.json").read_text())
+    assert "next_stage" not in planned["configurations"]["2d"]
+
+
+def saved_again(world: Any, checkpoint: Path, again: Path, settings: Any) -> dict[str, Any]:
+    """A checkpoint that was loaded as ``--c`` does, and saved without a step."""
+
+    def child() -> None:
+        os.environ.update({**world.environment, "nnUNetKD_settings": json.dumps(settings)})
+        trainer = get_trainer_from_args("1", "2d", 0, TRAINER, "nnUNetKDPlans", True, torch.device("cpu"))
+        trainer.load_checkpoint(str(checkpoint))
+        trainer.on_train_start()
+        trainer.current_epoch -= 1  # nnU-Net stores the next one
+        trainer.save_checkpoint(str(again))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return load_checkpoint(again)
+
+
+def assert_equal(first: Any, second: Any, where: str) -> None:
+    assert type(first) is type(second), where
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_equal(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            assert_equal(*pair, f"{where}[{index}]")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    else:
+        assert first == second, where
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_killed_training_goes_on_where_it_was(planned_sites: Any, tmp_path: Path, stage: int) -> None:
+    """Of ten epochs; everything that trains comes back exactly."""
+    world = planned_sites.copy(tmp_path)
+    settings = {**SETTINGS, "training": {**SHORT, "num_epochs": 10, "num_iterations_per_epoch": 1, "save_every": 1}}
     started = world.start("nnUNetv2_train", "1", "2d", "0", "-tr", TRAINER, "-p", "nnUNetKDPlans", "-device", "cpu",
                           settings=settings)  # fmt: skip
     latest = fold(world) / "checkpoint_latest.pth"
     while started.poll() is None:
-        if latest.is_file() and load_checkpoint(latest)["current_epoch"] >= epoch:
+        if latest.is_file() and (stage == 1 or load_checkpoint(latest)["current_epoch"] > 5):
             started.kill()
             break
     killed = load_checkpoint(latest)
-    assert killed["current_epoch"] == epoch
+    epoch = killed["current_epoch"]
+    assert 0 < epoch <= 4 if stage == 1 else 5 < epoch < 10
+    restored = saved_again(world, latest, tmp_path / "again.pth", settings)
+    for name in ("network_weights", "optimizer_state", "nnunet_kd", "current_epoch", "_best_ema"):
+        assert_equal(restored[name], killed[name], name)
     optimizers = killed["nnunet_kd"]["optimizers"]
     assert set(optimizers) == {"discriminator", "mapping", "style"}
     assert all(own["state"] for own in optimizers.values())
     output = train(world, 1, "--c", settings=settings)
     assert f"Epoch {epoch}" in output
     assert f"Epoch {epoch - 1}" not in output
-    assert ("STAGE 2" in output) == (epoch == 1)
+    assert ("STAGE 2" in output) == (stage == 1)
     logged = load_checkpoint(fold(world) / "checkpoint_final.pth")["logging"]
-    assert len(logged["segmentation"]) == 4
-    assert np.isnan(logged["self"]).tolist() == [True, True, False, False]
-    assert (killed["nnunet_kd"]["competence"] is None) == (epoch == 1)
+    assert len(logged["segmentation"]) == 10
+    assert np.isnan(logged["self"]).tolist() == [True] * 5 + [False] * 5
+    assert (killed["nnunet_kd"]["competence"] is None) == (stage == 1)
     other = {**settings, "adaptation": {"cycle": 1.0}}
     assert "adaptation.cycle was 2.0, is 1.0" in train(world, 1, "--c", settings=other, check=False)
 
@@ -295,6 +392,8 @@ def test_volumes_with_regions(planned_sites: Any, make_dataset: Any, tmp_path: P
         (("-target", "6"), "has no images"),
         (("-target", "77"), "There is no dataset with id 77"),
         (("-target", "2", "--network", "conditional_unet"), "Choose another -plans_name"),
+        (("-target", "2", "-c", "3d_fullres"), "has no configuration 3d_fullres"),
+        (("-target", "2", "-c", "3d", "--no_pp"), "has no configuration 3d"),
     ],
 )
 def test_bad_domains_are_clear_errors(
@@ -333,6 +432,8 @@ def test_bad_trainings_are_clear_errors(planned_sites: Any, tmp_path: Path) -> N
     assert "plans 'stargan'" in message(asked)
     assert "'adaptation.stage_1' is 1.0; it must be less than 1" in message({"adaptation": {"stage_1": 1.0}})
     assert "'training.num_epochs' is 1" in message({"training": {**SHORT, "num_epochs": 1}})
+    world.plan("-d", "1", "-p", "nnUNetPlans", "-plans_name", "nnUNetKDPlansHeads", "-c", "2d")
+    assert "has heads for classes or boxes" in message(no_target, plans="nnUNetKDPlansHeads")
     splits = json.loads((world.preprocessed / SOURCE / "splits_final.json").read_text())
     for split in splits:
         split["train"] = [name for name in split["train"] if int(name[-1]) % 2 == 0]

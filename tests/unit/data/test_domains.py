@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nnunet_kd.data.domains import domain_cases, source_cases, target_name
+from nnunet_kd.data.domains import domain_cases, refuse_shared_cases, source_cases, target_name
 from nnunet_kd.data.member import Member
 from nnunet_kd.data.side_files import SideFileError
 from nnunet_kd.errors import AdaptationError, JointDatasetError
@@ -97,6 +97,19 @@ def test_columns_and_labels_that_are_not_there(folders: Path) -> None:
         domain_cases(SOURCE, findings, Domain(label="1"), ["a"])
     with pytest.raises(SideFileError, match="which is not in"):
         domain_cases(TARGET, DATASET, Domain(label="ill"), ["a"])
+
+
+def test_cases_of_both_domains_are_refused(folders: Path) -> None:
+    plans = {"dataset_name": SOURCE, "plans_name": "p", "configurations": {}}
+    member = Member(SOURCE, "p", "2d", {"plans": plans, "dataset_json": DATASET})
+    for source, target, shared in (
+        ({"column": "finding", "label": "ill"}, {"label": "ill"}, "2 cases .*(b, c)"),
+        ({"column": "sex", "label": "m"}, {"label": "ill"}, "1 cases .*(c)"),
+    ):
+        with pytest.raises(AdaptationError, match=shared):
+            refuse_shared_cases(member, adaptation(source=source, target=target), ["a", "b", "c", "d"])
+    apart = adaptation(source={"label": "normal"}, target={"label": "ill"})
+    refuse_shared_cases(member, apart, ["a", "b", "c", "d"])
 
 
 def test_an_empty_source_says_in_which_fold(folders: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,17 +16,35 @@ from PIL import Image
 from torch import nn
 
 from nnunet_kd.errors import NnUNetKDError
-from nnunet_kd.inference.task_codes import _with_range, _write, choose_prediction
+from nnunet_kd.inference.task_codes import _with_range, _write, choose_prediction, translate_files
 
 
 def test_a_linear_normalisation_is_undone_exactly() -> None:
     original = np.random.default_rng(0).uniform(20, 180, (1, 6, 5))
+    everywhere = np.ones(original.shape, dtype=bool)
     normalised = (original - 70.0) / 12.5
-    np.testing.assert_allclose(_with_range(normalised, normalised, original), original)
-    brighter = normalised + 2.0
-    np.testing.assert_allclose(_with_range(brighter, normalised, original), original + 25.0)
+    np.testing.assert_allclose(_with_range(normalised, normalised, original, everywhere), original)
+    np.testing.assert_allclose(_with_range(normalised + 2, normalised, original, everywhere), original + 25)
     constant = np.full((1, 6, 5), 3.0)
-    assert np.isfinite(_with_range(normalised, constant * 0, constant)).all()
+    np.testing.assert_array_equal(_with_range(normalised, constant * 0, constant, everywhere), constant)
+
+
+def test_clipped_voxels_do_not_bend_the_line() -> None:
+    """As CT normalisation: values beyond the percentiles are clipped before they are scaled."""
+    original = np.linspace(-1000, 1000, 400).reshape(1, 20, 20)
+    normalised = (original.clip(-100, 300) - 80) / 50
+    restored = _with_range(normalised, normalised, original, np.ones(original.shape, dtype=bool))
+    np.testing.assert_allclose(restored, original.clip(-100, 300), atol=1e-6)
+
+
+def test_only_voxels_that_were_normalised_change() -> None:
+    """As z-score normalisation inside a mask."""
+    original = np.zeros((1, 10, 10))
+    original[:, 2:8, 2:8] = np.random.default_rng(0).normal(100, 10, (1, 6, 6))
+    inside = original > 0
+    normalised = np.where(inside, (original - 100) / 10, 0)
+    restored = _with_range(normalised + 1, normalised, original, inside)
+    np.testing.assert_allclose(restored, np.where(inside, original + 10, 0))
 
 
 @pytest.mark.parametrize(("highest", "dtype"), [(255, np.uint8), (4095, np.uint16)])
@@ -63,6 +82,25 @@ def test_volumes_keep_their_geometry(tmp_path: Path) -> None:
         for name in ("GetSpacing", "GetOrigin", "GetDirection"):
             assert getattr(second, name)() == pytest.approx(getattr(first, name)())
         np.testing.assert_allclose(sitk.GetArrayFromImage(second), sitk.GetArrayFromImage(first) + 1, rtol=1e-6)
+
+
+def test_originals_are_never_overwritten(tmp_path: Path) -> None:
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False)
+    predictor.dataset_json = {"file_ending": ".png"}
+    predictor.plans_manager = SimpleNamespace(image_reader_writer_class=NaturalImage2DIO)
+    image = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    Image.fromarray(image).save(tmp_path / "case_0000.png")
+    for given in (str(tmp_path), [[str(tmp_path / "case_0000.png")]]):
+        with pytest.raises(NnUNetKDError, match="would be overwritten"):
+            translate_files(predictor, given, tmp_path, overwrite=True, show_progress=False)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "case_0000.png")), image)
+
+
+def test_what_was_not_trained_is_refused() -> None:
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False)
+    for prediction in ("two_step", "source"):
+        with pytest.raises(NnUNetKDError, match="trained without translation"):
+            choose_prediction(predictor, prediction, {"adaptation": {"adversarial": 0.0}})
 
 
 def test_codes_belong_to_adain_models() -> None:

@@ -48,6 +48,13 @@ def losses_of(name: str, guard: Guard | None = None, **settings: Any) -> Adaptat
     return AdaptationLosses(network, training_parts(architecture, 1), Adaptation(**settings), guard or Guard(), space)
 
 
+def self_losses(
+    losses: AdaptationLosses, source: Tensor, target: Tensor, teacher: Any, labels: Tensor
+) -> tuple[Tensor, Any]:
+    taught = losses.self_targets(source, target, teacher, labels)
+    return losses.self_loss(source, target, *taught), taught[-1]
+
+
 def no_labels(number: int) -> Tensor:
     return torch.zeros(number, 1, 16, 16)
 
@@ -128,7 +135,7 @@ def test_self_distillation_compares_one_step_with_two(name: str) -> None:
     with torch.no_grad():
         for weight in network.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
-    value, trust = losses.self_losses(source, target, network, no_labels(2))
+    value, trust = self_losses(losses, source, target, network, no_labels(2))
     assert trust == 1  # there is no guard
     code = losses.self_code()
     with torch.no_grad():
@@ -148,7 +155,7 @@ def test_self_distillation_compares_one_step_with_two(name: str) -> None:
 
 def test_the_teacher_of_self_distillation_gets_no_gradient() -> None:
     losses, teacher = losses_of("stargan"), losses_of("stargan").network
-    losses.self_losses(images(1, 0), images(1, 1), teacher, no_labels(1))[0].backward()
+    self_losses(losses, images(1, 0), images(1, 1), teacher, no_labels(1))[0].backward()
     assert not touched(teacher)
 
 
@@ -159,7 +166,7 @@ def test_without_translation_the_teacher_segments_the_target_as_it_is() -> None:
         for weight in losses.network.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
         expected = (losses.network(target, "self") - losses.network(target, "seg")).abs().mean()
-    value, _ = losses.self_losses(source, target, losses.network, no_labels(1))
+    value, _ = self_losses(losses, source, target, losses.network, no_labels(1))
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -194,7 +201,7 @@ def test_the_guard_trusts_two_steps_as_far_as_they_are_right_on_the_source() -> 
     ):
         losses = losses_of("stargan", guard, self_source=0.0, self_target=3.0)
         teacher = Teacher(seg=logits_of(mask), two_step=logits_of(two_steps))
-        value, trust = losses.self_losses(source, target, teacher, labels)
+        value, trust = self_losses(losses, source, target, teacher, labels)
         assert float(trust) == pytest.approx(expected, abs=1e-6)
         with torch.no_grad():
             one_step = losses.network(target, "self", losses.self_code())
@@ -211,6 +218,43 @@ def test_stored_styles_are_the_moving_means_of_their_domains() -> None:
     torch.testing.assert_close(losses.network.codes[SOURCE], codes[2:].mean(0))
     losses.store_styles(torch.zeros(4, 16), pair, 10_000)
     torch.testing.assert_close(losses.network.codes[TARGET], 0.99 * codes[:2].mean(0))
+
+
+def test_a_style_that_is_not_finite_is_not_stored() -> None:
+    losses = losses_of("stargan")
+    pair = make_pair(images(1, 0), images(1, 1), None)
+    codes = torch.randn(2, 16)
+    codes[0, 3] = float("nan")  # of a reference of the target
+    losses.network.codes.fill_(0.5)
+    losses.store_styles(codes, pair, 0)
+    assert torch.equal(losses.network.codes[TARGET], torch.full((16,), 0.5))
+    torch.testing.assert_close(losses.network.codes[SOURCE], codes[1])
+
+
+@every_network
+def test_everything_that_segments_learns_under_autocast(name: str) -> None:
+    """Also the weights that the teacher, which is the same network, has used without a gradient just before."""
+    losses, source, target = losses_of(name), images(1, 0), images(1, 1)
+    losses.network.start_self_code()
+    with torch.no_grad():
+        for weight in losses.network.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        taught = losses.self_targets(source, target, losses.network, no_labels(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = losses.self_loss(source, target, *taught)
+    loss.backward()
+    for key, weight in losses.network.named_parameters():
+        if key.endswith(("conv1.weight", "conv2.weight", "conv.weight")):
+            assert weight.grad is not None, key
+            assert weight.grad.abs().max() > 0, key
+
+
+def test_images_need_no_gradient_after_the_discriminators_step() -> None:
+    losses = losses_of("stargan")
+    pair = make_pair(images(1, 0), images(1, 1), None)
+    losses.discriminator_loss(pair, losses.latent_codes(pair.other).detach()).backward()
+    assert not pair.images.requires_grad
 
 
 def test_frozen_modules_get_no_gradient_and_thaw_again() -> None:
