@@ -74,15 +74,7 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
     for member in members:
         check_planner(member, members_plans, args.pl)
         check_member_plans(member, members_plans, args.plans_name)
-    steps = StockSteps(
-        planner,
-        members_plans,
-        args.gpu_memory_target,
-        args.np,
-        args.npfp,
-        preprocess=False,
-        verify_dataset_integrity=args.verify_dataset_integrity,
-    )
+    steps = _planning_steps(args, planner, members_plans)
     for member in members:
         prepare_side_files(member, tasks[member])
         with stand_in_segmentations(member, tasks[member]):
@@ -185,15 +177,7 @@ def plan_adaptation(arguments: Sequence[str] | None = None) -> None:
     )
     target_name(source, settings)
     check_planner(source, base_plans, args.pl)
-    steps = StockSteps(
-        planner,
-        base_plans,
-        args.gpu_memory_target,
-        args.np,
-        args.npfp,
-        preprocess=False,
-        verify_dataset_integrity=args.verify_dataset_integrity,
-    )
+    steps = _planning_steps(args, planner, base_plans)
     prepare_source(source, steps, args.c, preprocess=not args.no_pp)
     if target != source and not args.no_pp:
         prepare_target(source, target, base_plans, args.c, args.np, args.any_size)
@@ -232,6 +216,19 @@ def _planner_and_plans(args: argparse.Namespace) -> tuple[type[ExperimentPlanner
             f"contain '__'."
         )
     return planner, plans_name
+
+
+def _planning_steps(args: argparse.Namespace, planner: type[ExperimentPlanner], plans_name: str) -> StockSteps:
+    """The stock steps up to the plans; preprocessing comes after the checks."""
+    return StockSteps(
+        planner,
+        plans_name,
+        args.gpu_memory_target,
+        args.np,
+        args.npfp,
+        preprocess=False,
+        verify_dataset_integrity=args.verify_dataset_integrity,
+    )
 
 
 def _configurations(members: Sequence[str], plans_name: str, requested: Sequence[str] | None) -> list[str]:
