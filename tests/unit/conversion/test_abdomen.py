@@ -34,7 +34,7 @@ def test_synapse_keeps_the_four_digits_and_the_order_of_the_leaderboard(
     assert result.cases("labelsTr") == ["img0001", "img0040"]
     assert (result.image("img0040") == 40).all()
     assert (result.labels("img0001") == labels(*range(14))).all()
-    assert _in_order(result.dataset_json["labels"]) == protocol["synapse"]["labels"]
+    assert _in_order(result.dataset_json["labels"]) == protocol["synapse_20"]["labels"]
     assert result.cases("imagesTs") == ["img0061_0000"]
     assert result.left_out == {"img0002": "there is no label0002.nii.gz"}
 
@@ -49,7 +49,7 @@ def test_amos_has_the_official_validation_set_as_test_set(run, tmp_path: Path, v
     assert result.cases("labelsTs") == ["amos_0008"]
     assert result.cases("imagesTs") == ["amos_0008_0000"]
     assert result.table() == {"amos_0001": {"modality": "CT"}, "amos_0507": {"modality": "MR"}}
-    assert _in_order(result.dataset_json["labels"]) == protocol["amos"]["labels"]
+    assert _in_order(result.dataset_json["labels"]) == protocol["amos_5"]["labels"]
 
 
 def test_axes_are_brought_into_one_order_with_image_and_labels_together(run, tmp_path: Path, volume, labels) -> None:

@@ -17,7 +17,7 @@ from nnunet_kd.losses import LOSSES, build_loss
 
 
 def test_names() -> None:
-    assert set(LOSSES["logits"]) == {"kl", "dkd", "dist", "cwd", "pseudo_label"}
+    assert set(LOSSES["logits"]) == {"kl", "dkd", "dist", "cwd", "l1", "pseudo_label"}
     assert set(LOSSES["features"]) == {
         "mse", "cosine", "attention", "cwd", "class_masked", "wavelet", "affinity", "intra_class"
     }  # fmt: skip
