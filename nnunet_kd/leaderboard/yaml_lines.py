@@ -9,21 +9,10 @@ from typing import Any
 import yaml
 
 from nnunet_kd.errors import NnUNetKDError
+from nnunet_kd.settings.yaml_loader import SettingsLoader
 
-BOOLEAN = "tag:yaml.org,2002:bool"
 MERGE = "tag:yaml.org,2002:merge"
 QUOTED_KEY = re.compile(r"'([^']+)'")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's true and false alone: in YAML 1.1 the key ``on`` of a term would be True."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [entry for entry in resolvers if entry[0] != BOOLEAN]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(BOOLEAN, re.compile(r"^(true|false)$"), list("tf"))
 
 
 class RecipeError(NnUNetKDError):
@@ -48,11 +37,11 @@ class YamlFile:
             raise RecipeError(f"The recipe {path} does not exist. Give the path of a YAML file.")
         try:
             text = path.read_text(encoding="utf-8")
-            root = yaml.compose(text, Loader=_Loader)
+            root = yaml.compose(text, Loader=SettingsLoader)
             if not isinstance(root, yaml.MappingNode):
                 raise RecipeError(f"{path} holds no recipe: it must be an object with keys such as 'datasets'.")
             self._visit(root, "")
-            self.values: dict[str, Any] = yaml.load(text, Loader=_Loader)
+            self.values: dict[str, Any] = yaml.load(text, Loader=SettingsLoader)
         except UnicodeDecodeError as error:
             raise RecipeError(f"{path} is not UTF-8 text. Save it with the encoding UTF-8.") from error
         except yaml.YAMLError as error:

@@ -13,6 +13,7 @@ import yaml
 from nnunet_kd.errors import SettingsError
 from nnunet_kd.settings.definitions import Settings
 from nnunet_kd.settings.parsing import names_of, parse_settings
+from nnunet_kd.settings.yaml_loader import SettingsLoader
 
 ENVIRONMENT_VARIABLE = "nnUNetKD_settings"
 BLOCK = "nnunet_kd"
@@ -52,7 +53,8 @@ def read_user_settings(source: str | None = None) -> dict[str, Any]:
             )
         text, where = _read_text(path), str(path)
     try:
-        loaded = yaml.safe_load(text) if not text.lstrip().startswith("{") else json.loads(text)
+        is_json = text.lstrip().startswith("{")
+        loaded = json.loads(text) if is_json else yaml.load(text, Loader=SettingsLoader)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"The settings in {where} are not valid JSON or YAML: {error}") from error
     if not isinstance(loaded, dict):

@@ -143,6 +143,20 @@ def test_block_that_is_no_object(tmp_path: Path) -> None:
         read_user_settings(str(tmp_path / "s.json"))
 
 
+def test_yaml_is_that_of_version_1_2(tmp_path: Path) -> None:
+    """In 1.1 the key of a term would be True, and the rate a text."""
+    (tmp_path / "s.yaml").write_text(
+        "adaptation: {learning_rate: 1e-3, r1: 2.5E+1}\njoint: no\ndino_mix: {cutmix: false}\n"
+        "terms:\n- {on: logits, loss: kl, teacher: joint}\n"
+    )
+    assert read_user_settings(str(tmp_path / "s.yaml")) == {
+        "adaptation": {"learning_rate": 0.001, "r1": 25.0},
+        "joint": "no",
+        "dino_mix": {"cutmix": False},
+        "terms": [{"on": "logits", "loss": "kl", "teacher": "joint"}],
+    }
+
+
 def test_yaml_runs_no_code(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(f"a: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
     with pytest.raises(SettingsError):
