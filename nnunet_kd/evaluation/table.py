@@ -90,7 +90,7 @@ def summarize(
         msg = f"No row belongs to the control '{control}'. Methods: {', '.join(sorted(methods_given))}."
         raise NnUNetKDError(msg)
     runs = [column for column in run_columns if column in rows]
-    rows = _with_empty_predictions(rows, metric, best=1.0 if higher_is_better else 0.0)
+    rows = with_empty_predictions(rows, metric, best=1.0 if higher_is_better else 0.0)
     per_run = rows.groupby([*COLUMNS, *runs], sort=False, dropna=False)[metric].mean().dropna().reset_index()
     bootstrap: dict[str, Any] = {"level": level, "num_resamples": num_resamples, "seed": seed}
     lines = []
@@ -124,7 +124,7 @@ def summarize(
     return table
 
 
-def _with_empty_predictions(rows: pd.DataFrame, metric: str, best: float) -> pd.DataFrame:
+def with_empty_predictions(rows: pd.DataFrame, metric: str, best: float) -> pd.DataFrame:
     """The rows with ``best`` for NaN wherever any method has a value for the same dataset, case and class."""
     place = [column for column in ("dataset", "case", "class") if column in rows]
     somebody_predicted = rows.groupby(place, dropna=False)[metric].transform("count") > 0

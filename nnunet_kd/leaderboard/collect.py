@@ -126,11 +126,15 @@ def leakage(plan: Plan, evaluation: Evaluation, costs: Mapping[str, Any], cases:
     tested = plan.recipe.datasets[evaluation.dataset if test is None or test.dataset is None else test.dataset]
     seen = set(costs.get("training_cases", {}).get(tested.folder, ())) if test is None or test.dataset else set()
     notes = []
-    leaked = seen.intersection(cases)
+    # an adaptation has seen the images of its target, which may be tested, but not their labels
+    images = set(costs.get("unlabeled_cases", {}).get(tested.folder, ())) & seen
+    leaked = (seen - images).intersection(cases)
+    only_images = images.intersection(cases)
     if test is None:
         leaked |= {case for own in costs.get("leaked_cases", {}).values() for case in own}
         transductive = costs.get("transductive_cases", [])
         notes += [f"transductive: images of {len(transductive)} cases seen"] if transductive else []
+    notes += [f"images of {len(only_images)} cases seen, without labels"] if only_images else []
     notes += [f"labels of {len(leaked)} cases seen"] if leaked else []
     return "; ".join(notes)
 
@@ -231,12 +235,12 @@ def _name(place: Mapping[str, Any]) -> str:
     return f"{place['dataset']}, {place['method']}, fold {place['fold']}, seed {place['seed']}"
 
 
-def run_values(collected: Collected, column: str) -> pd.DataFrame:
+def run_values(cases: pd.DataFrame, runs: pd.DataFrame, column: str) -> pd.DataFrame:
     """Mean over cases and classes of every run: the columns of ``runs``, ``value`` and ``num_cases``."""
     keys = list(PLACE)
-    per_case = collected.cases.groupby([*keys, "case"], sort=False)[column].mean().dropna().reset_index()
+    per_case = cases.groupby([*keys, "case"], sort=False)[column].mean().dropna().reset_index()
     values = per_case.groupby(keys, sort=False)[column].agg(value="mean", num_cases="size").reset_index()
-    return values.merge(collected.runs, on=keys)
+    return values.merge(runs, on=keys)
 
 
 def nan_if_none(values: pd.Series) -> pd.Series:

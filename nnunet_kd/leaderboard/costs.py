@@ -57,8 +57,9 @@ def measure(run: Run, heads: Mapping[str, str] | None = None) -> dict[str, Any]:
         **_debug(run.fold_folder),
         "inference_seconds": _inference_seconds(run.fold_folder),
         "networks": networks,
-        "training_cases": {
-            name: [str(case) for case in cases] for name, cases in extra.get("training_cases", {}).items()
+        **{
+            key: {name: [str(case) for case in cases] for name, cases in extra.get(key, {}).items()}
+            for key in ("training_cases", "unlabeled_cases")
         },
         "leaked_cases": {
             name: list(own["leaked_cases"]) for name, own in extra.get("teachers", {}).items() if own["leaked_cases"]

@@ -8,12 +8,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nnunet_kd.leaderboard.definitions import Dataset, Recipe
 from nnunet_kd.leaderboard.metrics import METRICS
 from nnunet_kd.leaderboard.recipe import configurations_of
-from nnunet_kd.leaderboard.runs import Evaluation, Run, evaluations_of, hash_of, runs_of, test_of
+from nnunet_kd.leaderboard.runs import Evaluation, Run, data_of, evaluations_of, hash_of, runs_of, test_of
 from nnunet_kd.settings import ENVIRONMENT_VARIABLE, merge
 
 TOOL = "nnUNetKD_leaderboard"
@@ -36,6 +36,9 @@ class Machine:
     num_threads: int = 1
 
 
+TASK_FILES = {"classification": "classification.csv", "detection": "boxes.json"}  # of a validation
+
+
 @dataclass(frozen=True)
 class Job:
     """One command.
@@ -48,6 +51,7 @@ class Job:
         run: The training that it is; None for other commands.
         evaluation: The prediction of a test set that it is.
         outputs: Files and folders that exist when it is finished.
+        content: What else its result depends on, in JSON types.
     """
 
     name: str
@@ -57,12 +61,13 @@ class Job:
     run: Run | None = None
     evaluation: Evaluation | None = None
     outputs: tuple[Path, ...] = ()
+    content: tuple[Any, ...] = ()
 
     @property
     def hash(self) -> str:
         """Of what is asked for: that of the training or the test, else the command without what this machine needs."""
         own = self.run or self.evaluation
-        return hash_of(_without(self.command, MACHINE_FLAGS)) if own is None else own.hash
+        return hash_of([_without(self.command, MACHINE_FLAGS), self.content]) if own is None else own.hash
 
     def shell(self, exported: Mapping[str, str] | None = None) -> str:
         """The command line; ``exported`` are variables that the shell has already."""
@@ -138,7 +143,8 @@ class _Builder:
             if name in used and needs_files:
                 command = (TOOL, "prepare", str(self.recipe_file), "-o", str(self.out), "--dataset", name)
                 own = self.ready.setdefault(dataset.folder, [])
-                job = Job(f"prepare_{dataset.folder}", command, environment=self.folders)
+                content = (os.path.expandvars(self.recipe.raw or ""), data_of(dataset))
+                job = Job(f"prepare_{dataset.folder}", command, environment=self.folders, content=content)
                 own[:] = dict.fromkeys([*own, self.add(job)])
         for name, joint in self.recipe.joints.items():
             members = [self.recipe.datasets[member] for member in joint.members]
@@ -187,7 +193,8 @@ class _Builder:
         command += ("-np", processes, "-npfp", processes)
         folders = [dataset.folder for dataset in datasets]
         needs = dict.fromkeys(job for folder in folders for job in self.ready.get(folder, []))
-        self.add(Job(name, command, tuple(needs), self.folders))
+        content = (os.path.expandvars(self.recipe.raw or ""), *map(data_of, datasets))
+        self.add(Job(name, command, tuple(needs), self.folders, content=content))
         for folder in folders:  # the next job that touches one of them waits for this one
             self.ready[folder] = [*self.ready.get(folder, []), name]
 
@@ -233,7 +240,11 @@ class _Builder:
         }
         needs = (*self.ready[run.folder_name], *(f"train_{teacher.name}" for teacher in run.teachers.values()))
         outputs = [run.fold_folder / "checkpoint_final.pth"]
-        outputs += [run.fold_folder / "validation" / "summary.json"] if run.validates else []
+        validated = ["summary.json"] if run.validates else []
+        if validated and run.group in self.recipe.datasets:  # stock nnU-Net writes its summary before the other tasks
+            tasks = self.recipe.datasets[run.group].tasks
+            validated += [file for task, file in TASK_FILES.items() if task in tasks]
+        outputs += [run.fold_folder / "validation" / file for file in validated]
         self.add(Job(f"train_{run.name}", tuple(command), needs, environment, run, outputs=tuple(outputs)))
 
     def predict(self, evaluation: Evaluation) -> None:

@@ -115,6 +115,11 @@ def _link_raw(dataset: Dataset, source: Path, target: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
+    if target.is_symlink() and target.resolve() != source:
+        raise RecipeError(
+            f"{target} is linked to {target.resolve()}, and the recipe's 'raw' is {source.parent.parent} now. Results "
+            f"of two sources must not meet: choose another -o."
+        )
     if not target.exists():
         target.symlink_to(source, target_is_directory=source.is_dir())
 

@@ -122,6 +122,13 @@ def _check_names(recipe: Recipe, file: YamlFile) -> None:
         for test in dataset.tests:
             _check_name(test, f"datasets.{name}.tests.{test}", file)
     _check_name(recipe.name, "name", file)
+    for kind, titled in (("datasets", recipe.datasets), ("methods", recipe.methods)):
+        shown: dict[str, str] = {}
+        for name, entry in titled.items():  # tables are made by what is shown
+            other = shown.setdefault(entry.title or name, name)
+            if other != name:
+                message = f"'{kind}.{name}' is shown as '{entry.title or name}', as '{other}' is"
+                raise file.error_at(f"{kind}.{name}", f"{message}. Give it a 'title' of its own.")
     both = sorted(set(recipe.datasets) & set(recipe.joints))
     if both:
         raise file.error_at(f"joints.{both[0]}", f"'{both[0]}' is a dataset and a joint dataset. Rename one.")

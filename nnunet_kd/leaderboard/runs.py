@@ -218,7 +218,7 @@ def _run(
     joint, dataset = recipe.joints.get(group), recipe.datasets.get(group)
     members = [recipe.datasets[member] for member in joint.members] if joint is not None else []
     described = [dataset] if dataset is not None else members
-    origin: dict[str, Any] = {"plans": asdict(recipe.plans), "data": [_data(own) for own in described]}
+    origin: dict[str, Any] = {"plans": asdict(recipe.plans), "data": [data_of(own) for own in described]}
     if joint is not None:
         origin["joint"] = {"width": joint.width, "heads": joint.heads}
     folder_name = joint.folder if joint is not None else described[0].folder
@@ -239,6 +239,7 @@ def _run(
     )
 
 
-def _data(dataset: Dataset) -> dict[str, Any]:
+def data_of(dataset: Dataset) -> dict[str, Any]:
+    """What a dataset's plans and preprocessed data depend on, in JSON types."""
     content = asdict(dataset)
     return {key: content[key] for key in ("id", "name", "tasks", "splits", "preparation")}

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from nnunet_kd.evaluation.ranks import Ranking, rank_methods
-from nnunet_kd.evaluation.table import summarize, to_cells
+from nnunet_kd.evaluation.table import summarize, to_cells, with_empty_predictions
 from nnunet_kd.leaderboard.collect import PLACE, Collected, method_title, nan_if_none, run_values
 from nnunet_kd.leaderboard.metrics import METRICS, Metric
 
@@ -69,10 +69,12 @@ def metric_tables(collected: Collected) -> list[MetricTable]:
             if not len(rows) or metric.column not in rows or not rows[metric.column].notna().any():
                 continue
             shown = control if control in rows["method"].unique() else rows["method"].iloc[0]
+            best = 1.0 if metric.higher_is_better else 0.0
+            rows = with_empty_predictions(rows, metric.column, best)  # also in runs and figures
             table = summarize(rows, shown, metric=metric.column, higher_is_better=metric.higher_is_better)
             if shown != control:
                 table = _without_comparison(table)
-            runs = run_values(collected, metric.column)
+            runs = run_values(rows, collected.runs, metric.column)
             per_case = rows.groupby([*PLACE, "case"], sort=False)[metric.column].mean().dropna()
             values = per_case.groupby(["dataset", "method", "case"], sort=False).mean().rename("value").reset_index()
             values = values.rename(columns={"case": "unit"})

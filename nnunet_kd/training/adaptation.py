@@ -416,6 +416,7 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
             "average": self.average.state(),
             "competence": self.losses.competence.counts,
             "training_cases": {dataset: sorted(own) for dataset, own in cases.items()},
+            "unlabeled_cases": {self.target.dataset: sorted(self.target.training)},
         }
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:

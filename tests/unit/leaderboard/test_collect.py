@@ -193,6 +193,11 @@ def test_leaks_are_named(make_small_plan: MakePlan) -> None:
     assert leakage(plan, other, costs, ["b2", "b3"]) == "labels of 1 cases seen"
     assert leakage(plan, other, costs, ["b3"]) == ""
     assert leakage(plan, own, {}, ["a1"]) == ""
+    adapted = {
+        "training_cases": {"Dataset002_Beta": ["b1", "b2", "b4"]},
+        "unlabeled_cases": {"Dataset002_Beta": ["b2", "b4"]},
+    }
+    assert leakage(plan, other, adapted, ["b2", "b3", "b4"]) == "images of 2 cases seen, without labels"
 
 
 def test_predictions_that_are_missing_are_listed(make_small_plan: MakePlan, finish: Finish) -> None:
@@ -237,3 +242,20 @@ def test_records_keep_what_they_know(make_small_plan: MakePlan) -> None:
     write_record(file, job, costs={"train_seconds": 5.0})
     write_record(file, job, finished=True)
     assert '"train_seconds": 5.0' in file.read_text()
+
+
+def test_a_class_that_only_the_control_predicted_counts_alike_in_table_and_runs(
+    make_small_plan: MakePlan, finish: Finish
+) -> None:
+    """Where the student was right to predict nothing it has 1, also in the list of runs and in the figures."""
+    plan = make_small_plan(("folds: [0, 1]", "folds: [0]"))
+    for evaluation in plan.evaluations:
+        if evaluation.dataset == "a" and not evaluation.test and evaluation.run.method in ("control", "student"):
+            absent = float("nan") if evaluation.run.method == "student" else 0.0
+            finish(plan, evaluation, {"a1": absent, "a2": 0.8})
+    (table,) = [own for own in metric_tables(collect(plan)) if own.name == "dice"]
+    line = table.table[table.table["method"] == "student"].iloc[0]
+    run = table.runs[table.runs["method"] == "student"].iloc[0]
+    assert (line["mean"], run["value"]) == (pytest.approx(0.9), pytest.approx(0.9))
+    shown = table.values[table.values["method"] == "student"].set_index("unit")["value"]
+    assert shown["a1"] == 1.0

@@ -144,3 +144,30 @@ def test_a_recipe_with_raw_data_of_its_own_leaves_the_users_folders_alone(make_s
         assert job.environment["nnUNet_raw"] == str(plan.out / "nnUNet_raw")
         assert job.environment["nnUNet_preprocessed"] == str(plan.out / "nnUNet_preprocessed")
     assert [job.name for job in plan.jobs[:2]] == ["prepare_Dataset001_Alpha", "prepare_Dataset002_Beta"]
+
+
+def test_a_plan_is_made_again_when_its_data_changes(make_small_plan: Callable[..., Plan]) -> None:
+    """Else a run would be recorded under splits or a raw folder that it was not trained with."""
+
+    def hashes(*replacements: tuple[str, str]) -> dict[str, str]:
+        one_fold = ("folds: [0, 1]", "folds: [0]")
+        plan = make_small_plan(("title: A & B", "title: A & B\nraw: /first"), one_fold, *replacements)
+        return {job.name: job.hash for job in plan.jobs if job.run is None and job.evaluation is None}
+
+    before = hashes()
+    assert before == hashes()
+    moved = hashes(("raw: /first", "raw: /second"))
+    assert all(moved[name] != before[name] for name in before if name.startswith(("prepare_", "plan_")))
+    divided = hashes(("b: {id: 2, name: Beta}", "b: {id: 2, name: Beta, splits: {validation: [x]}}"))
+    assert divided["prepare_Dataset001_Alpha"] == before["prepare_Dataset001_Alpha"]
+    assert divided["prepare_Dataset002_Beta"] != before["prepare_Dataset002_Beta"]
+    assert divided["plan_joint_both"] != before["plan_joint_both"]
+
+
+def test_a_validation_is_finished_with_all_of_its_tasks(make_small_plan: Callable[..., Plan]) -> None:
+    tasks = "b: {id: 2, name: Beta, tasks: [segmentation, classification, detection]}"
+    plan = make_small_plan(("b: {id: 2, name: Beta}", tasks), ("dice, hd95", "dice, auroc"))
+    outputs = {job.name: {file.name for file in job.outputs} for job in plan.jobs if job.run is not None}
+    stock = {"checkpoint_final.pth", "summary.json"}
+    assert outputs["train_a_control_2d_f0_s3"] == stock
+    assert outputs["train_b_control_2d_f0_s3"] == {*stock, "classification.csv", "boxes.json"}

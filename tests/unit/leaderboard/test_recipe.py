@@ -38,6 +38,8 @@ def read(folder: Path, text: str) -> None:
         ("  b: {id: 2, name: Beta}", "  b: {id: 1, name: Beta}", 5, "has another 'name' elsewhere"),
         ("  b: {id: 2, name: Beta}", "  b: {id: 2, name: Beta}\n  a: {id: 3, name: C}", 6, "'datasets.a' is there"),
         ("both: {id: 900", "both: {id: 1", 7, "needs a free id"),
+        ("  control: {trainer", "  control: {title: student, trainer", 14, "is shown as 'student', as 'student' is"),
+        ("  b: {id: 2, name: Beta}", "  b: {id: 2, name: Beta, title: a}", 5, "is shown as 'a', as 'a' is"),
         ("  b: {id: 2, name: Beta}", "  b__c: {id: 2, name: Beta}", 5, "becomes a folder"),
         ("  b: {id: 2, name: Beta}", "  b: {id: 2, name: Beta, preparation: [rm -r x]}", 5, "is no command of nnU-Net"),
         ("{dataset: b, cases: validation}", "{images: imagesTs}", 4, "folders of 'images' and 'labels'"),
