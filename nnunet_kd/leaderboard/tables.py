@@ -169,8 +169,8 @@ def cost_table(collected: Collected) -> pd.DataFrame:
     costs = costs.assign(**{name: nan_if_none(costs[name]) for name in numbers})
     grouped = costs.groupby(["group", "configuration", "method"], sort=False)
     table = grouped[numbers].mean().assign(num_runs=grouped.size()).reset_index()
-    if table["configuration"].nunique() > 1:
-        table["group"] += ", " + table["configuration"]
+    several = table.groupby("group")["configuration"].transform("nunique") > 1  # as the lines of the table are named
+    table["group"] = table["group"].where(~several, table["group"] + ", " + table["configuration"])
     table = table.rename(columns={"group": "dataset"})
     return table[["dataset", "method", "num_runs", *numbers]]
 
@@ -233,12 +233,19 @@ def reference_cells(table: pd.DataFrame, sources: Sequence[str]) -> tuple[list[s
 
 
 def all_rows(tables: Sequence[MetricTable], costs: pd.DataFrame) -> pd.DataFrame:
-    """Every metric's table with a column ``metric``, full precision, and the costs of the same dataset and method."""
+    """Every metric's table with a column ``metric``, full precision, and the costs of the same dataset and method.
+
+    A line of a test set has the costs of the training; those of a joint teacher belong to none of its heads alone.
+    """
     if not tables:
         return costs
     rows = pd.concat([own.table.assign(metric=own.name) for own in tables], ignore_index=True)
     rows = rows[["metric", *(name for name in rows.columns if name != "metric")]]
-    return rows.merge(costs.drop(columns="num_runs"), on=["dataset", "method"], how="left") if len(costs) else rows
+    if not len(costs):
+        return rows
+    trained = rows["dataset"].str.replace(r", tested on [^,]+", "", regex=True)
+    costs = costs.drop(columns="num_runs").rename(columns={"dataset": "trained"})
+    return rows.assign(trained=trained).merge(costs, on=["trained", "method"], how="left").drop(columns="trained")
 
 
 def relative(folder: str, out: Path) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from nnunet_kd.leaderboard.collect import Collected, collect, leakage
 from nnunet_kd.leaderboard.plan import Plan
 from nnunet_kd.leaderboard.record import record_file, write_record
 from nnunet_kd.leaderboard.report import write_report
-from nnunet_kd.leaderboard.tables import cost_table, metric_tables, reference_table
+from nnunet_kd.leaderboard.tables import all_rows, cost_table, metric_tables, reference_table
 from nnunet_kd.leaderboard.yaml_lines import RecipeError
 
 MakePlan = Callable[..., Plan]
@@ -88,6 +89,17 @@ def test_costs(finished: Plan) -> None:
     assert table.loc["a", "control"]["step_ratio"] == 1
     assert table.loc["a", "student"]["step_ratio"] == pytest.approx(1.5)
     assert table.loc["b", "student"]["parameters"] == 2_000_000
+
+
+def test_lines_of_test_sets_and_of_single_configurations_have_their_costs() -> None:
+    """Shown names: a dataset with two configurations has them in its name, one with one has not."""
+    names = ["a", "b, 2d", "b, 3d"]
+    costs = pd.DataFrame({"dataset": names, "method": "m", "num_runs": 1, "parameters": [1.0, 2.0, 3.0]})
+    lines = pd.DataFrame({"dataset": ["a", "a, tested on b", "b, 3d", "b, tested on a, 2d", "c"], "method": "m"})
+    rows = all_rows([SimpleNamespace(name="dice", table=lines)], costs)
+    assert rows["dataset"].tolist() == lines["dataset"].tolist()
+    assert rows["parameters"].tolist()[:4] == [1.0, 1.0, 3.0, 2.0]
+    assert rows["parameters"].isna().tolist() == [False] * 4 + [True]
 
 
 def test_missing_and_half_finished_runs_are_listed_and_left_out(finished: Plan) -> None:
