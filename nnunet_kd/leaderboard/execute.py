@@ -74,7 +74,12 @@ def end_all() -> None:
 
 
 def conflict(job: Job, out: Path, state: State) -> str:
-    """Why a run is left as it is."""
+    """Why a run or the predictions of a test set are left as they are."""
+    if job.evaluation is not None:
+        return (
+            f"{job.evaluation.predictions} holds predictions of another training or of a test set that was defined "
+            f"otherwise. Give another -o, or move that folder away."
+        )
     folder = record_file(job, out).parent
     what = changes(job, out) if state is State.OTHER else "its settings are not those of the recipe, or not known"
     return f"{folder} was made with other settings ({what}). Give another -o, or move that folder away."
@@ -86,7 +91,8 @@ def check_conflicts(plan: Plan) -> None:
     Raises:
         NnUNetKDError: Lists them.
     """
-    states = [(job, state_of(job, plan.out)) for job in plan.jobs if job.run is not None]
+    results = [job for job in plan.jobs if job.run is not None or job.evaluation is not None]
+    states = [(job, state_of(job, plan.out)) for job in results]
     wrong = [conflict(job, plan.out, state) for job, state in states if state in (State.OTHER, State.UNKNOWN)]
     if wrong:
         more = f"\n... and {len(wrong) - 5} more" if len(wrong) > 5 else ""

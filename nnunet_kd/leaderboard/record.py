@@ -70,6 +70,8 @@ def state_of(job: Job, out: Path) -> State:
     complete = all(output.exists() for output in job.outputs)
     if job.run is None:
         is_done = record is not None and record["hash"] == job.hash and record.get("finished", False)
+        if job.evaluation is not None and record is not None and record["hash"] != job.hash:
+            return State.OTHER if any(output.exists() for output in job.outputs) else State.MISSING
         return State.FINISHED if is_done and complete else State.MISSING
     if record is not None and record["hash"] != job.hash:
         return State.OTHER

@@ -57,6 +57,23 @@ def test_a_run_with_other_settings_is_never_taken_nor_continued(make_small_plan:
     check_conflicts(plan)
 
 
+def test_predictions_of_a_test_set_are_never_replaced_by_those_of_another(make_small_plan: MakePlan) -> None:
+    plan = make_small_plan()
+    job = next(job for job in plan.jobs if job.evaluation is not None)
+    for output in job.outputs:
+        output.mkdir(parents=True)
+    write_record(record_file(job, plan.out), job, finished=True)
+    assert state_of(job, plan.out) is State.FINISHED
+    changed = make_small_plan(("cases: validation", "cases: all"))
+    other = next(own for own in changed.jobs if own.name == job.name)
+    assert state_of(other, changed.out) is State.OTHER
+    with pytest.raises(NnUNetKDError, match="a test set that was defined otherwise"):
+        check_conflicts(changed)
+    for output in job.outputs:
+        output.rmdir()  # moved away, as the message says
+    assert state_of(other, changed.out) is State.MISSING
+
+
 def test_what_a_command_by_hand_left_counts_if_its_settings_are_those_of_the_recipe(make_small_plan: MakePlan) -> None:
     plan = make_small_plan()
     job = job_of(plan)
