@@ -257,7 +257,8 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
                 others = losses.reference_codes(pair.second_references, pair.other)
                 terms = losses.translation_losses(pair, codes, others, diversity)
             step(torch.stack(list(terms.values())).sum(), "network")
-            losses.store_styles(codes, pair, self.average.step)
+            done = self.current_epoch * self.num_iterations_per_epoch + self.step_in_epoch
+            losses.store_styles(codes, pair, done)
         return {"discriminator": discriminator, **parts}
 
     def _segment(self, source: Tensor, labels: Any) -> Tensor:
