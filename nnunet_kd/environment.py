@@ -57,7 +57,8 @@ def trainers_folder() -> Path:
         origin = package.origin if package is not None else "nowhere"
         msg = (
             f"nnunet_kd is imported from {origin}, where its trainers are not installed. "
-            "Run `pip install .` (or `pip install -e .`) in its checkout and use the command nnUNetKD_env."
+            "Run `pip install .` (or `pip install -e .`) in its checkout and use the command nnUNetKD_env. "
+            "Where that was done, start the command in another folder: this one hides the installed package."
         )
         raise NnUNetKDError(msg)
     return Path(specification.submodule_search_locations[0]).resolve()

@@ -145,12 +145,13 @@ def test_ranks_draw_independently(world: Any, tmp_path: Path) -> None:
     assert steps == Counter(member for steps in drawn for member, *_ in steps)
 
 
-def test_student_on_two_nodes(world: Any, tmp_path: Path) -> None:
+def test_student_on_two_nodes(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two torchrun with one process each: local rank 0 twice."""
     endpoint = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--local_addr", "127.0.0.1")
     command = ("torchrun", "--nnodes", "2", "--nproc_per_node", "1", *endpoint, "-m", "nnunet_kd.train")
     command += tuple(arguments(1, "nnUNetTrainerKDStudent"))
     (tmp_path / "sitecustomize.py").write_text(FORK)
+    monkeypatch.chdir(tmp_path)  # torchrun -m looks for modules here first, where a checkout would hide the package
     settings = {**STUDENT, "training": {**SHORT, "num_epochs": 1}}
     nodes = [world.start(*command, settings=settings, PYTHONPATH=str(tmp_path)) for _ in range(2)]
     for node in nodes:
