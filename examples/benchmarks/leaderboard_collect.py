@@ -69,7 +69,7 @@ def write_runs(recipe_file: Path, out: Path) -> int:
         dice = np.clip(level + random.normal(0, 0.08, NUM_CASES), 0, 1)
         cases = [f"case_{run.fold}_{index:03d}" for index in range(NUM_CASES)]
         scores = {"case": cases, "class": "lesion", "dice": dice, "hd95_mm": 50 * (1 - dice), "nsd": dice**0.5}
-        write_scores(plan.recipe, evaluation, pd.DataFrame({**scores, "volume_error_ml": 0.0}))
+        write_scores(plan.recipe, evaluation, pd.DataFrame({**scores, "volume_error_ml": 0.0}), out)
     return len(plan.evaluations)
 
 

@@ -100,13 +100,23 @@ class ReferenceDataset:
         Raises:
             NnUNetKDError: There is no such file or fold.
         """
+        return sorted(self._split(fold)["val"])
+
+    def training_cases(self, fold: int) -> list[str]:
+        """Training cases of a fold of splits_final.json; raises as :meth:`validation_cases`."""
+        return sorted(self._split(fold)["train"])
+
+    def _split(self, fold: int) -> dict[str, list[str]]:
         file = self.file("splits_final.json")
         splits = read_json(file, REPAIR_SPLITS)
-        if not isinstance(splits, list) or not all(isinstance(split, dict) and "val" in split for split in splits):
+        if not isinstance(splits, list) or not all(
+            isinstance(split, dict) and {"train", "val"} <= set(split) for split in splits
+        ):
             raise NnUNetKDError(f"{file} is not a list of folds that have 'train' and 'val'. {REPAIR_SPLITS}")
         if not 0 <= fold < len(splits):
             raise NnUNetKDError(f"{file} has no fold {fold}. Its folds are 0 to {len(splits) - 1}.")
-        return sorted(splits[fold]["val"])
+        split: dict[str, list[str]] = splits[fold]
+        return split
 
 
 def _find(folders: Iterable[Path], names: Sequence[str]) -> Path | None:

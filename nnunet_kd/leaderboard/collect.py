@@ -25,6 +25,7 @@ from nnunet_kd.leaderboard.runs import Evaluation, Run, test_of
 from nnunet_kd.leaderboard.scores import case_scores
 
 PLACE = ("dataset", "method", "fold", "seed")
+NO_LEAK = "none"
 
 
 @dataclass
@@ -114,7 +115,9 @@ def method_title(plan: Plan, method: str) -> str:
 
 
 def leakage(plan: Plan, evaluation: Evaluation, costs: Mapping[str, Any], cases: list[str]) -> str:
-    """What a run knew of the cases that it is tested on; empty if nothing.
+    """What a run knew of the cases that it is tested on, ``NO_LEAK`` if nothing.
+
+    A test folder is not compared: its cases may have names that training cases have, too.
 
     Args:
         plan: Of the recipe.
@@ -123,9 +126,12 @@ def leakage(plan: Plan, evaluation: Evaluation, costs: Mapping[str, Any], cases:
         cases: That are tested.
     """
     test = test_of(plan.recipe, evaluation)
+    if test is not None and test.dataset is None:
+        return "not compared"
+    if not costs.get("training_cases"):
+        return "unknown"
     tested = plan.recipe.datasets[evaluation.dataset if test is None or test.dataset is None else test.dataset]
-    seen = set(costs.get("training_cases", {}).get(tested.folder, ())) if test is None or test.dataset else set()
-    notes = []
+    seen, notes = set(costs["training_cases"].get(tested.folder, ())), []
     # an adaptation has seen the images of its target, which may be tested, but not their labels
     images = set(costs.get("unlabeled_cases", {}).get(tested.folder, ())) & seen
     leaked = (seen - images).intersection(cases)
@@ -136,7 +142,7 @@ def leakage(plan: Plan, evaluation: Evaluation, costs: Mapping[str, Any], cases:
         notes += [f"transductive: images of {len(transductive)} cases seen"] if transductive else []
     notes += [f"images of {len(only_images)} cases seen, without labels"] if only_images else []
     notes += [f"labels of {len(leaked)} cases seen"] if leaked else []
-    return "; ".join(notes)
+    return "; ".join(notes) or NO_LEAK
 
 
 def cost_row(plan: Plan, run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,10 +150,11 @@ def cost_row(plan: Plan, run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``group``, ``method``, ``configuration``, ``fold``, ``seed``, ``device``, ``hours`` (of all devices together),
-        ``seconds_per_step``, ``inference_seconds``, ``peak_memory_gb``, ``parameters``, ``gflops`` and ``folder``.
+        ``seconds_per_step``, ``inference_seconds``, ``peak_memory_gb`` (host), ``peak_gpu_memory_gb``, ``parameters``,
+        ``gflops`` and ``folder``. Hours are unknown where the number of devices changed on the way.
     """
     costs = record.get("costs", {})
-    seconds, num_devices = costs.get("train_seconds"), record.get("num_gpus") or 1
+    seconds, num_devices = costs.get("train_seconds"), record.get("num_gpus", 1)
     networks = list(costs.get("networks", {}).values())
     return {
         "group": _group_title(plan, run.group),
@@ -156,10 +163,11 @@ def cost_row(plan: Plan, run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
         "fold": run.fold,
         "seed": run.seed,
         "device": costs.get("device"),
-        "hours": None if seconds is None else seconds * num_devices / 3600,
+        "hours": None if seconds is None or num_devices is None else seconds * num_devices / 3600,
         "seconds_per_step": costs.get("seconds_per_step"),
         "inference_seconds": costs.get("inference_seconds"),
         "peak_memory_gb": record.get("peak_memory_gb"),
+        "peak_gpu_memory_gb": costs.get("peak_gpu_memory_gb"),
         "parameters": max((own["parameters"] for own in networks), default=None),
         "gflops": max((own["gflops"] for own in networks), default=None),
         "folder": str(run.fold_folder),

@@ -24,6 +24,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_kd.environment import TRAINERS_VARIABLE, add_trainers_folder, environment
+from nnunet_kd.errors import NnUNetKDError
+from nnunet_kd.evaluation.reference import ReferenceDataset
 from nnunet_kd.inference.predict import build_predictor
 from nnunet_kd.inference.trained_model import open_model
 from nnunet_kd.leaderboard.runs import Run
@@ -43,8 +45,8 @@ def measure(run: Run, heads: Mapping[str, str] | None = None) -> dict[str, Any]:
     Returns:
         ``train_seconds``, ``num_steps``, ``seconds_per_step``, ``device``, ``device_name``, ``inference_seconds``,
         ``networks`` (dataset to ``parameters`` and ``gflops`` of a patch), ``training_cases`` (dataset folder to cases
-        that it or its teachers have seen), ``leaked_cases`` (of its own validation, by teacher) and
-        ``transductive_cases``.
+        that it or its teachers have seen; of a stock trainer those of the fold in splits_final.json), ``leaked_cases``
+        (of its own validation, by teacher), ``transductive_cases`` and ``peak_gpu_memory_gb`` (of a training on CUDA).
     """
     checkpoint = load_checkpoint(run.fold_folder / "checkpoint_final.pth")
     extra = checkpoint.get(BLOCK, {})
@@ -58,14 +60,26 @@ def measure(run: Run, heads: Mapping[str, str] | None = None) -> dict[str, Any]:
         "inference_seconds": _inference_seconds(run.fold_folder),
         "networks": networks,
         **{
-            key: {name: [str(case) for case in cases] for name, cases in extra.get(key, {}).items()}
-            for key in ("training_cases", "unlabeled_cases")
+            key: {name: [str(case) for case in cases] for name, cases in seen.items()}
+            for key, seen in (
+                ("training_cases", extra.get("training_cases") or _cases_of_fold(run)),
+                ("unlabeled_cases", extra.get("unlabeled_cases", {})),
+            )
         },
         "leaked_cases": {
             name: list(own["leaked_cases"]) for name, own in extra.get("teachers", {}).items() if own["leaked_cases"]
         },
         "transductive_cases": list(extra.get("transductive_cases", [])),
+        "peak_gpu_memory_gb": extra.get("peak_gpu_memory_gb"),
     }
+
+
+def _cases_of_fold(run: Run) -> dict[str, list[str]]:
+    """What a trainer that records nothing has seen, if the splits have not changed since; empty if there are none."""
+    try:
+        return {run.folder_name: ReferenceDataset.open(run.folder_name).training_cases(run.fold)}
+    except NnUNetKDError:
+        return {}
 
 
 def _training(checkpoint: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

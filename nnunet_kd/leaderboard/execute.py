@@ -152,7 +152,9 @@ def _costs_of(run: Run, plan: Plan) -> dict[str, Any]:
 def _call_and_record(job: Job, plan: Plan, machine: Machine) -> str:
     file = record_file(job, plan.out)
     earlier = read_record(file) or {}
-    write_record(file, job, finished=False, num_gpus=machine.num_gpus * machine.nodes)
+    num_gpus = machine.num_gpus * machine.nodes
+    is_changed = state_of(job, plan.out) is State.HALF and earlier.get("num_gpus", num_gpus) != num_gpus
+    write_record(file, job, finished=False, num_gpus=None if is_changed else num_gpus)
     seconds, peak_gb = _call(job, plan, machine)
     peaks = [value for value in (peak_gb, earlier.get("peak_memory_gb")) if value is not None]
     wall_seconds = seconds + earlier.get("wall_seconds", 0.0)

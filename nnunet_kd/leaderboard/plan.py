@@ -17,7 +17,7 @@ from nnunet_kd.leaderboard.runs import Evaluation, Run, data_of, evaluations_of,
 from nnunet_kd.settings import ENVIRONMENT_VARIABLE, merge
 
 TOOL = "nnUNetKD_leaderboard"
-RENDEZVOUS_PORT = 29500
+PORTS = (29500, 500)  # of the rendezvous of several nodes: the first, and how many; each training has its own
 MACHINE_FLAGS = ("-np", "-npfp", "-npp", "-nps", "-device")  # with one value each
 
 
@@ -225,7 +225,8 @@ class _Builder:
         arguments += ["-device", machine.device, "--c"]  # --c starts from the beginning where there is no checkpoint
         if machine.nodes > 1:
             command = ["torchrun", "--nnodes", str(machine.nodes), "--nproc_per_node", str(machine.num_gpus)]
-            command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"$MASTER_ADDR:{RENDEZVOUS_PORT}"]
+            port = PORTS[0] + int(run.hash, 16) % PORTS[1]
+            command += ["--rdzv_backend", "c10d", "--rdzv_id", run.hash, "--rdzv_endpoint", f"$MASTER_ADDR:{port}"]
             command += ["-m", "nnunet_kd.train", *arguments]
         else:
             command = ["nnUNetv2_train", *arguments]
@@ -252,7 +253,7 @@ class _Builder:
         needs = [f"train_{run.name}"]
         test = dataset.tests[evaluation.test]
         if test.dataset is None:
-            images = raw_folder(self.recipe, self.out) + f"/{dataset.folder}/{test.images}"
+            images = nnunet_folder(self.recipe, self.out, "nnUNet_raw") + f"/{dataset.folder}/{test.images}"
         else:
             images, job = self._inputs(evaluation.dataset, evaluation.test, run.fold)
             needs.append(job)
@@ -312,6 +313,6 @@ def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
     return [word for before, word in zip(("", *words), words) if word not in flags and before not in flags]  # noqa: B905
 
 
-def raw_folder(recipe: Recipe, out: Path) -> str:
-    """The folder of raw datasets that the commands see; the variable itself where it is not set."""
-    return folders_environment(recipe, out).get("nnUNet_raw") or os.environ.get("nnUNet_raw", "$nnUNet_raw")
+def nnunet_folder(recipe: Recipe, out: Path, name: str) -> str:
+    """What the commands see as nnUNet_raw or nnUNet_preprocessed; the variable itself where it is not set."""
+    return folders_environment(recipe, out).get(name) or os.environ.get(name, f"${name}")

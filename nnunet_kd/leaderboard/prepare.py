@@ -12,7 +12,7 @@ from nnunet_kd.data.splits import member_splits
 from nnunet_kd.evaluation.reference import ReferenceDataset
 from nnunet_kd.files import write_json
 from nnunet_kd.leaderboard.definitions import Dataset, Recipe, Splits
-from nnunet_kd.leaderboard.plan import folders_environment, inputs_folder, raw_folder
+from nnunet_kd.leaderboard.plan import folders_environment, inputs_folder, nnunet_folder
 from nnunet_kd.leaderboard.yaml_lines import RecipeError
 from nnunet_kd.settings import BLOCK
 
@@ -51,7 +51,8 @@ def prepare_dataset(recipe: Recipe, name: str, out: Path) -> None:
     """
     dataset = recipe.datasets[name]
     if recipe.raw is not None:
-        _link_raw(dataset, raw_source(recipe) / dataset.folder, Path(raw_folder(recipe, out)) / dataset.folder)
+        raw = Path(nnunet_folder(recipe, out, "nnUNet_raw"))
+        _link_raw(dataset, raw_source(recipe) / dataset.folder, raw / dataset.folder)
     if dataset.splits is not None:
         _write_splits(dataset, recipe, out)
 
@@ -78,7 +79,7 @@ def link_inputs(recipe: Recipe, name: str, fold: int | None, folder: Path) -> No
     """
     dataset = recipe.datasets[name]
     reference = ReferenceDataset.open(dataset.folder)
-    raw = Path(raw_folder(recipe, folder.parents[2])) / dataset.folder
+    raw = Path(nnunet_folder(recipe, folder.parents[2], "nnUNet_raw")) / dataset.folder
     if not raw.is_dir():
         raise RecipeError(f"{raw} does not exist. Its images are a test set of the recipe.")
     images = {case: files["images"] for case, files in get_filenames_of_train_images_and_targets(str(raw)).items()}

@@ -16,10 +16,10 @@ from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.files import write_json
 from nnunet_kd.leaderboard.plan import Job
 from nnunet_kd.leaderboard.runs import Run
-from nnunet_kd.settings import check_types
+from nnunet_kd.settings import BLOCK
 
 RECORD = "leaderboard.json"
-SETTINGS_FILE = "nnunet_kd_settings.json"  # written by our trainers
+OF_THE_MACHINE = ("training.num_threads",)  # settings that change no result
 
 
 class State(Enum):
@@ -100,13 +100,20 @@ def _has_files(run: Run) -> bool:
 
 
 def _was_asked_for(run: Run) -> bool:
-    """Whether a run without record, as a command by hand leaves it, was trained with the settings of the recipe."""
-    file = run.fold_folder / SETTINGS_FILE
-    if not file.is_file():
-        return False
-    recorded = _flat(json.loads(file.read_text()))
-    complete = _flat(check_types(run.full_settings).to_dict())  # terms with their defaults, as they are recorded
-    return all(recorded.get(name) == complete[name] for name, value in _flat(run.full_settings).items() if value != {})
+    """Whether a run without record, as a command by hand leaves it, was told exactly what the recipe says.
+
+    Our trainers keep what they were told in their checkpoints; of a stock trainer's run nothing is known.
+    """
+    from nnunet_kd.teachers.checkpoint import load_checkpoint  # imports torch
+
+    files = [run.fold_folder / f"checkpoint_{kind}.pth" for kind in ("final", "latest", "best")]
+    checkpoint = load_checkpoint(next(file for file in files if file.is_file()))
+    given = checkpoint.get(BLOCK, {}).get("given_settings")
+    return given is not None and _told(given) == _told(run.full_settings)
+
+
+def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in _flat(settings).items() if value != {} and name not in OF_THE_MACHINE}
 
 
 def _flat(value: Any, where: str = "") -> dict[str, Any]:

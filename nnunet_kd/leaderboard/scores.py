@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from nnunet_kd.evaluation.metrics import Label
 from nnunet_kd.files import replacing
 from nnunet_kd.leaderboard.definitions import Recipe
 from nnunet_kd.leaderboard.metrics import METRICS
-from nnunet_kd.leaderboard.plan import raw_folder
+from nnunet_kd.leaderboard.plan import nnunet_folder
 from nnunet_kd.leaderboard.runs import Evaluation, hash_of, test_of
 
 PER_CASE_KINDS = ("segmentation", "resized_grid")
+NO_REFERENCES = "none"
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,24 @@ class References:
 def case_scores(recipe: Recipe, evaluation: Evaluation, out: Path) -> pd.DataFrame:
     """Scores per case and class: columns ``case``, ``class`` and those of the recipe's metrics of segmentation.
 
-    They are read from the cache where it was made of the same predictions in the same way.
+    They are read from the cache where it was made of the same predictions and references in the same way.
 
     Raises:
         NnUNetKDError: Predictions or references are missing, or do not fit.
     """
     if evaluation.scores_file.is_file():
         with evaluation.scores_file.open(encoding="utf-8") as file:
-            if file.readline() == _first_line(recipe, evaluation):
+            if _is_current(file.readline(), _first_line(recipe, evaluation, out)):
                 return pd.read_csv(file, dtype={"case": str, "class": str})
     scores = _evaluate(recipe, evaluation, out)
-    write_scores(recipe, evaluation, scores)
+    write_scores(recipe, evaluation, scores, out)
     return scores
 
 
-def write_scores(recipe: Recipe, evaluation: Evaluation, scores: pd.DataFrame) -> None:
+def write_scores(recipe: Recipe, evaluation: Evaluation, scores: pd.DataFrame, out: Path) -> None:
     """Keep scores beside the predictions that they belong to."""
     with replacing(evaluation.scores_file) as temporary:
-        temporary.write_text(_first_line(recipe, evaluation) + scores.to_csv(index=False), encoding="utf-8")
+        temporary.write_text(_first_line(recipe, evaluation, out) + scores.to_csv(index=False), encoding="utf-8")
 
 
 def _kinds(recipe: Recipe) -> list[str]:
@@ -56,13 +58,34 @@ def _kinds(recipe: Recipe) -> list[str]:
     return [kind for kind in PER_CASE_KINDS if kind in wanted]
 
 
-def _first_line(recipe: Recipe, evaluation: Evaluation) -> str:
-    """Which predictions were scored, and how."""
+def _is_current(line: str, now: str) -> bool:
+    """Whether scores were made of what there is now; references that are gone cannot have changed."""
+    return line == now or (now.split()[2:] == [NO_REFERENCES] and line.split()[:2] == now.split()[:2])
+
+
+def _first_line(recipe: Recipe, evaluation: Evaluation, out: Path) -> str:
+    """Which predictions were scored, how, and with which references."""
     dataset = recipe.datasets[evaluation.dataset]
     files = (evaluation.predictions / "summary.json", evaluation.predictions)
     written = next((file.stat().st_mtime_ns for file in files if file.exists()), 0)
     how = [dataset.tolerance_mm, dataset.grid, dataset.labels, _kinds(recipe)]
-    return f"# {hash_of([evaluation.hash, how, written])}\n"
+    return f"# {hash_of([evaluation.hash, how, written])} {_hash_of_references(recipe, evaluation, out)}\n"
+
+
+def _hash_of_references(recipe: Recipe, evaluation: Evaluation, out: Path) -> str:
+    """Of names, sizes and times of the files; found without nnU-Net, whose import would take longer than a table."""
+    dataset, test = recipe.datasets[evaluation.dataset], test_of(recipe, evaluation)
+    raw, preprocessed = (Path(nnunet_folder(recipe, out, name)) for name in ("nnUNet_raw", "nnUNet_preprocessed"))
+    if test is not None and test.labels is not None:
+        folders = [raw / dataset.folder / test.labels]
+    else:
+        other = dataset if test is None else recipe.datasets[str(test.dataset)]
+        own = (root / other.folder for root in (preprocessed, raw))
+        folders = [folder / name for folder in own for name in ("gt_segmentations", "labelsTr")]
+    for folder in filter(Path.is_dir, folders):
+        files = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in os.scandir(folder)]
+        return hash_of(sorted(files)) if files else NO_REFERENCES
+    return NO_REFERENCES
 
 
 def _evaluate(recipe: Recipe, evaluation: Evaluation, out: Path) -> pd.DataFrame:
@@ -106,7 +129,7 @@ def references_of(recipe: Recipe, evaluation: Evaluation, out: Path) -> Referenc
         own.dataset_json
     )
     if test is not None and test.labels is not None:
-        folder = Path(raw_folder(recipe, out)) / dataset.folder / test.labels
+        folder = Path(nnunet_folder(recipe, out, "nnUNet_raw")) / dataset.folder / test.labels
         return References(folder, sorted(file.name[: -len(ending)] for file in folder.glob(f"*{ending}")), classes)
     other = own if test is None else ReferenceDataset.open(recipe.datasets[str(test.dataset)].folder)
     if other.segmentation_folder is None:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from nnunet_kd.evaluation.ranks import Ranking, rank_methods
 from nnunet_kd.evaluation.table import summarize, to_cells, with_empty_predictions
-from nnunet_kd.leaderboard.collect import PLACE, Collected, method_title, nan_if_none, run_values
+from nnunet_kd.leaderboard.collect import NO_LEAK, PLACE, Collected, method_title, nan_if_none, run_values
 from nnunet_kd.leaderboard.metrics import METRICS, Metric
 
 HOURS = {"cuda": "GPU hours", "cpu": "CPU hours", "mps": "MPS hours"}
@@ -137,9 +137,9 @@ def _ranking(table: pd.DataFrame, metric: Metric) -> Ranking:
 
 def _leakage(runs: pd.DataFrame, dataset: str, method: str) -> str:
     own = runs[(runs["dataset"] == dataset) & (runs["method"] == method)]
-    leaking = own[own["leakage"] != ""]
+    leaking = own[own["leakage"] != NO_LEAK]
     if not len(leaking):
-        return ""
+        return NO_LEAK
     return f"{len(leaking)} of {len(own)} runs: {leaking['leakage'].iloc[0]}"
 
 
@@ -149,7 +149,8 @@ def cost_table(collected: Collected) -> pd.DataFrame:
     Returns:
         Columns ``dataset``, ``method``, ``num_runs``, ``parameters``, ``gflops`` (of one patch), a column per kind of
         device ("GPU hours": per training, all its devices together), ``step_ratio`` (time of a training step, over the
-        control's on the same dataset, fold and seed), ``inference_seconds`` (per case) and ``peak_memory_gb``.
+        control's on the same dataset, fold and seed), ``inference_seconds`` (per case), ``peak_memory_gb`` (of a
+        process on the host) and ``peak_gpu_memory_gb`` (of tensors, where our trainers trained on CUDA).
     """
     costs = collected.costs
     if not len(costs):
@@ -166,6 +167,7 @@ def cost_table(collected: Collected) -> pd.DataFrame:
         costs[name] = nan_if_none(costs["hours"]).where(costs["device"] == device)
         columns.append(name)
     numbers = ["parameters", "gflops", *columns, "step_ratio", "inference_seconds", "peak_memory_gb"]
+    numbers += ["peak_gpu_memory_gb"] if costs["peak_gpu_memory_gb"].notna().any() else []
     costs = costs.assign(**{name: nan_if_none(costs[name]) for name in numbers})
     grouped = costs.groupby(["group", "configuration", "method"], sort=False)
     table = grouped[numbers].mean().assign(num_runs=grouped.size()).reset_index()
@@ -184,6 +186,7 @@ def cost_cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         "step_ratio": "step time / control's",
         "inference_seconds": "inference (s per case)",
         "peak_memory_gb": "peak host memory (GB)",
+        "peak_gpu_memory_gb": "peak GPU memory (GB)",
     }
     header = [titles.get(name, name) for name in table.columns]
     body = []

@@ -8,6 +8,7 @@ Host behaviour relied on (nnunetv2 2.8): ``save_checkpoint`` writes to whatever 
 from __future__ import annotations
 
 import io
+import json
 import random
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ class KDTrainer(nnUNetTrainer):
     """Stock nnU-Net driven by nnunet_kd settings. The settings change the budget and nothing else here."""
 
     preset: ClassVar[dict[str, Any]] = {}
+    _earlier_peak_gb = 0.0  # of the training that is being resumed
 
     def __init__(
         self,
@@ -47,6 +49,8 @@ class KDTrainer(nnUNetTrainer):
     ) -> None:
         # Errors of the user come before nnU-Net creates the output folder.
         self.settings = self.resolve_settings(plans, configuration, fold)
+        self.given_settings = json.loads(json.dumps(read_user_settings(), default=str))
+        self.training_cases: list[str] | None = None  # of the fold, once they were asked for
         is_ddp = distributed.is_available() and distributed.is_initialized()
         if is_ddp:
             _refuse_small_batches(self.planned_batch_sizes(plans, configuration), distributed.get_world_size())
@@ -92,11 +96,12 @@ class KDTrainer(nnUNetTrainer):
     def do_split(self) -> tuple[list[str], list[str]]:
         """The cases of the fold; of those of training, where the settings say so, only some keep their labels."""
         training, validation = self.fold_split()
-        if self.settings.labeled is None:
-            return training, validation
-        if not hasattr(self, "_labeled"):
-            self._labeled = labeled_cases(self.own_dataset(), training, self.settings.labeled)
-        return list(self._labeled), validation
+        if self.settings.labeled is not None:
+            if not hasattr(self, "_labeled"):
+                self._labeled = labeled_cases(self.own_dataset(), training, self.settings.labeled)
+            training = list(self._labeled)
+        self.training_cases = sorted(map(str, training))
+        return training, validation
 
     def _build_loss(self) -> nn.Module:
         """Stock loss; without its Dice part if the settings say so."""
@@ -151,7 +156,20 @@ class KDTrainer(nnUNetTrainer):
 
     def checkpoint_extra(self) -> dict[str, Any]:
         """What goes into the checkpoint under our own key. Only tensors and plain types."""
-        return {"settings": self.settings.to_dict(), "auxiliary": self.auxiliary.state_dict()}
+        cases = {} if self.training_cases is None else {self.plans_manager.dataset_name: self.training_cases}
+        return {
+            "settings": self.settings.to_dict(),
+            "given_settings": self.given_settings,
+            **({"training_cases": cases} if cases else {}),
+            "auxiliary": self.auxiliary.state_dict(),
+            "peak_gpu_memory_gb": self._peak_gpu_memory(),
+        }
+
+    def _peak_gpu_memory(self) -> float | None:
+        """Most memory that tensors took on the GPU, before an interruption too; None on other devices."""
+        if self.device.type != "cuda":
+            return None
+        return max(self._earlier_peak_gb, torch.cuda.max_memory_allocated(self.device) / 1e9)
 
     def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
         """Restore :meth:`checkpoint_extra`; called before stock nnU-Net loads its part.
@@ -159,6 +177,7 @@ class KDTrainer(nnUNetTrainer):
         Raises:
             SettingsError: The training was started with other settings.
         """
+        self._earlier_peak_gb = extra.get("peak_gpu_memory_gb") or 0.0
         changed = _differences(recorded_settings(extra).to_dict(), self.settings.to_dict())
         if changed:
             raise SettingsError(

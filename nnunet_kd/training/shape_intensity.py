@@ -68,8 +68,7 @@ class nnUNetTrainerSIKDTeacher(KDTrainer):
     def on_train_start(self) -> None:
         """Require that each class occurs and can be averaged, then start as stock nnU-Net does."""
         member = self.own_dataset()
-        self.training_cases = sorted(self.do_split()[0])
-        self._require_all_classes(member)
+        self._require_all_classes(member, self.do_split()[0])
         self.average = ClassAverage(member, self.settings.sikd.scope)
         super().on_train_start()
         self.print_to_log_file(
@@ -77,9 +76,9 @@ class nnUNetTrainerSIKDTeacher(KDTrainer):
             add_timestamp=False,
         )
 
-    def _require_all_classes(self, member: Member) -> None:
+    def _require_all_classes(self, member: Member, training_cases: list[str]) -> None:
         """Raise SettingsError where averaged images of a class could never be made in this fold."""
-        missing = set(foreground(member)) - classes_of(member, self.training_cases)
+        missing = set(foreground(member)) - classes_of(member, training_cases)
         if not missing:
             return
         raise SettingsError(
@@ -109,9 +108,8 @@ class nnUNetTrainerSIKDTeacher(KDTrainer):
         )
 
     def checkpoint_extra(self) -> dict[str, Any]:
-        """Also that it saw averaged images, of which scope, and of which cases."""
-        cases = {self.plans_manager.dataset_name: self.training_cases}
-        return {**super().checkpoint_extra(), AVERAGES: {"scope": self.settings.sikd.scope}, "training_cases": cases}
+        """Also that it saw averaged images, and of which scope."""
+        return {**super().checkpoint_extra(), AVERAGES: {"scope": self.settings.sikd.scope}}
 
 
 class nnUNetTrainerSIKDStudent(nnUNetTrainerKDStudent):

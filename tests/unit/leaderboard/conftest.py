@@ -78,6 +78,6 @@ def finish() -> Callable[..., None]:
         evaluation.predictions.mkdir(parents=True, exist_ok=True)
         values = np.array(list(dice.values()))
         scores = {"case": list(dice), "class": "lesion", "dice": values, "hd95_mm": 10 * (1 - values), "nsd": values}
-        write_scores(plan.recipe, evaluation, pd.DataFrame(scores))
+        write_scores(plan.recipe, evaluation, pd.DataFrame(scores), plan.out)
 
     return write

@@ -203,8 +203,11 @@ def test_leaks_are_named(make_small_plan: MakePlan) -> None:
     }
     assert leakage(plan, own, costs, ["a1", "a2"]) == "transductive: images of 2 cases seen; labels of 1 cases seen"
     assert leakage(plan, other, costs, ["b2", "b3"]) == "labels of 1 cases seen"
-    assert leakage(plan, other, costs, ["b3"]) == ""
-    assert leakage(plan, own, {}, ["a1"]) == ""
+    assert leakage(plan, other, costs, ["b3"]) == "none"
+    assert leakage(plan, own, {}, ["a1"]) == "unknown"
+    folder = make_small_plan(("{dataset: b, cases: validation}", "{images: imagesTs, labels: labelsTs}"))
+    test_folder = next(evaluation for evaluation in folder.evaluations if evaluation.test == "b")
+    assert leakage(folder, test_folder, costs, ["a3"]) == "not compared"  # another case may have that name
     adapted = {
         "training_cases": {"Dataset002_Beta": ["b1", "b2", "b4"]},
         "unlabeled_cases": {"Dataset002_Beta": ["b2", "b4"]},

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,11 +100,20 @@ def test_several_gpus_and_nodes(make_small_plan: MakePlan) -> None:
     name = "train_a_control_2d_f0_s3"
     job = next(job for job in make_small_plan(num_gpus=4).jobs if job.name == name)
     assert job.command[-2:] == ("-num_gpus", "4")
-    job = next(job for job in make_small_plan(num_gpus=4, nodes=2).jobs if job.name == name)
-    assert job.shell().endswith(
-        "torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint $MASTER_ADDR:29500 "
-        "-m nnunet_kd.train 1 2d 0 -tr nnUNetTrainerKDControl -p nnUNetPlans -device cuda --c"
+    jobs = make_small_plan(num_gpus=4, nodes=2).jobs
+    job = next(job for job in jobs if job.name == name)
+    found = re.search(
+        r"torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_id (\w+) "
+        r"--rdzv_endpoint \$MASTER_ADDR:(\d+) "
+        r"-m nnunet_kd.train 1 2d 0 -tr nnUNetTrainerKDControl -p nnUNetPlans -device cuda --c$",
+        job.shell(),
     )
+    assert found is not None
+    assert 29500 <= int(found[2]) < 30000
+    # trainings that share a machine must not meet
+    ids = [own.command[own.command.index("--rdzv_id") + 1] for own in jobs if own.run is not None]
+    assert found[1] in ids
+    assert len(set(ids)) == len(ids) > 4
 
 
 def test_the_hash_is_that_of_what_a_result_depends_on(make_small_plan: MakePlan) -> None:

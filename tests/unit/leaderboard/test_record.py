@@ -2,21 +2,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.leaderboard.execute import check_conflicts
 from nnunet_kd.leaderboard.plan import Job, Plan
 from nnunet_kd.leaderboard.record import State, changes, record_file, state_of, write_record
-from nnunet_kd.settings import parse_settings
 
 MakePlan = Callable[..., Plan]
 NAME = "train_a_control_2d_f0_s3"
+CHECKPOINT: dict[str, Any] = {"network_weights": {}, "init_args": {}, "trainer_name": "any"}
 
 
 def job_of(plan: Plan, name: str = NAME) -> Job:
     return next(job for job in plan.jobs if job.name == name)
+
+
+def told(job: Job, settings: dict[str, Any]) -> None:
+    """Leave the checkpoint of a training that was told these settings."""
+    torch.save({**CHECKPOINT, "nnunet_kd": {"given_settings": settings}}, job.outputs[0])
 
 
 def test_a_run_is_missing_then_half_finished_then_finished(make_small_plan: MakePlan) -> None:
@@ -79,28 +86,27 @@ def test_what_a_command_by_hand_left_counts_if_its_settings_are_those_of_the_rec
     job = job_of(plan)
     assert job.run is not None
     job.run.fold_folder.mkdir(parents=True)
-    job.outputs[0].touch()
+    torch.save(CHECKPOINT, job.outputs[0])  # a stock trainer's
     assert state_of(job, plan.out) is State.UNKNOWN
-    settings = job.run.fold_folder / "nnunet_kd_settings.json"
-    settings.write_text(json.dumps({"training": {"num_epochs": 2, "seed": 4, "initial_lr": 0.01}}))
-    assert state_of(job, plan.out) is State.UNKNOWN
-    settings.write_text(json.dumps({"training": {"num_epochs": 2, "seed": 3, "initial_lr": 0.01}}))
+    training = {"num_epochs": 2, "seed": 3}
+    for more in ({"seed": 4}, {"initial_lr": 0.1}):  # another value, and something that the recipe does not ask for
+        told(job, {"training": {**training, **more}})
+        assert state_of(job, plan.out) is State.UNKNOWN
+    told(job, {"training": {**training, "num_threads": 8}})  # which changes no result
     assert state_of(job, plan.out) is State.HALF
     assert json.loads(record_file(job, plan.out).read_text())["hash"] == job.hash
 
 
-def test_terms_of_a_run_by_hand_are_compared_with_their_defaults(make_small_plan: MakePlan) -> None:
+def test_terms_of_a_run_by_hand_are_compared(make_small_plan: MakePlan) -> None:
     terms = "settings: {terms: [{on: logits, loss: kl}]}, teachers"
     plan = make_small_plan(("nnUNetTrainerKDStudent, teachers", f"nnUNetTrainerKDStudent, {terms}"))
     job = job_of(plan, "train_a_student_2d_f0_s3")
     assert job.run is not None
     job.run.fold_folder.mkdir(parents=True)
-    job.outputs[0].touch()
-    resolved = parse_settings(job.run.full_settings).to_dict()
-    settings = job.run.fold_folder / "nnunet_kd_settings.json"
-    settings.write_text(json.dumps({**resolved, "terms": [{**resolved["terms"][0], "weight": 0.5}]}))
+    asked = job.run.full_settings
+    told(job, {**asked, "terms": [{**asked["terms"][0], "weight": 0.5}]})
     assert state_of(job, plan.out) is State.UNKNOWN
-    settings.write_text(json.dumps(resolved))
+    told(job, asked)
     assert state_of(job, plan.out) is State.HALF
 
 
