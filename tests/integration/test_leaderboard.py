@@ -89,7 +89,12 @@ def test_plan_run_and_collect(make_world: Callable[[], Any], make_dataset: Calla
     table = leaderboard("collect")
     assert "problems" not in table
     with (out / "table/runs.csv").open() as file:
-        values = {row["dataset"]: float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "dice"}
+        rows = {row["dataset"]: row for row in csv.DictReader(file) if row["metric"] == "dice"}
+    values = {dataset: float(row["value"]) for dataset, row in rows.items()}
+    split = json.loads((world.preprocessed / "Dataset001_Alpha/splits_final.json").read_text())[0]
+    assert costs["training_cases"] == {"Dataset001_Alpha": sorted(split["train"])}
+    assert rows["alpha"]["leakage"] == "none"
+    assert rows["alpha, tested on held_out"]["leakage"] == "not compared"
     summary = json.loads((fold / "validation/summary.json").read_text())
     assert values["alpha"] == pytest.approx(summary["foreground_mean"]["Dice"])
     (test,) = (raw / "labelsTs").iterdir()
@@ -97,6 +102,10 @@ def test_plan_run_and_collect(make_world: Callable[[], Any], make_dataset: Calla
         dice(mask(test), mask(fold / "test_held_out" / test.name)), abs=1e-12
     )
     assert (out / "table/index.html").is_file()
+
+    (fold / "leaderboard.json").unlink()  # as if the printed command had been typed by hand
+    assert "problems" not in leaderboard("collect")
+    assert json.loads((fold / "leaderboard.json").read_text())["by_hand"]
 
     changed = recipe.read_text().replace("num_epochs: 1", "num_epochs: 2")
     recipe.write_text(changed)
