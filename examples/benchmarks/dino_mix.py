@@ -4,9 +4,11 @@ A few training cases keep their labels, the others are unlabelled. The control i
 with the same plans, budget, fold and seed. Mean teacher is DINO-Mix without its two contributions; "+ PIC" adds the
 progressive imbalance-aware CutMix, "+ FKD" the foundation teacher, "DINO-Mix" has both. Without --foundation the
 foundation teacher is a vision transformer with RANDOM weights. Dice of the validation cases is computed on the
-preprocessed grid without mirroring; the tail class is the one with the fewest voxels in the dataset.
+preprocessed grid without mirroring; the tail class is the one with the fewest voxels in the dataset. Where a CPU is
+too slow for volumes, -c 2d trains all tasks on slices; an OUT has one configuration, batch and foundation size.
 
     NNUNET_KD_DATA=.../nnUNet_raw python examples/benchmarks/dino_mix.py -o OUT --tasks 301@3 301@10 --folds 0 --seeds 0
+    ... -o OUT2D -c 2d --batch_size 8 --foundation_size 112 --folds 0 1 --seeds 0 1
     python examples/benchmarks/dino_mix.py -o OUT --costs      # seconds per step against the control, interleaved
 """
 
@@ -44,7 +46,7 @@ NAMES["full"] = "DINO-Mix"
 NUM_TIMED, NUM_WARM = 9, 2
 
 
-def prepare(root: Path, tasks: list[str]) -> None:
+def prepare(root: Path, tasks: list[str], configuration: str | None, batch_size: int) -> None:
     """Plans and preprocessed data of every dataset."""
     for dataset in dict.fromkeys(TASKS[task] for task in tasks):
         if dataset == ORGANS:
@@ -52,7 +54,18 @@ def prepare(root: Path, tasks: list[str]) -> None:
         else:
             real_data.need_data()
             real_data.link_raw(root, dataset)
-        real_data.prepare_dataset(root, dataset, CONFIGURATION[dataset])
+        own = configuration or CONFIGURATION[dataset]
+        real_data.prepare_dataset(root, dataset, own)
+        real_data.write_small_plans(root / "preprocessed" / dataset, real_data.WIDTH[own], batch_size)
+
+
+def keep_options(root: Path, options: dict[str, Any]) -> None:
+    """Stop where runs in OUT have other options."""
+    file = root / "options.json"
+    if file.is_file() and json.loads(file.read_text()) != options:
+        sys.exit(f"{root} has runs with {file.read_text()}, not {json.dumps(options)}. Choose another -o.")
+    root.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(options))
 
 
 def run_of(task: str, method: str, fold: int, seed: int) -> Run:
@@ -60,11 +73,11 @@ def run_of(task: str, method: str, fold: int, seed: int) -> Run:
     return Run(f"semi{task.partition('@')[2]}", method, TASKS[task], fold, seed)
 
 
-def settings_of(run: Run, steps: int, epochs: int, foundation: Path | None) -> dict[str, Any]:
+def settings_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Settings of a training; the seed also draws the labelled cases."""
     training = {
-        "num_epochs": epochs,
-        "num_iterations_per_epoch": max(1, round(steps / epochs)),
+        "num_epochs": args.epochs,
+        "num_iterations_per_epoch": max(1, round(args.steps / args.epochs)),
         "num_val_iterations_per_epoch": 2,
         "seed": run.seed,
         "save_every": 1000,
@@ -73,35 +86,34 @@ def settings_of(run: Run, steps: int, epochs: int, foundation: Path | None) -> d
     parts = METHODS[run.kind]
     if parts is None:
         return {"training": training, "labeled": labeled}
-    weights = {"pretrained": False} if foundation is None else {"weights": str(foundation)}
-    teachers = {"foundation": {"foundation": weights}}
+    weights = {"pretrained": False} if args.foundation is None else {"weights": str(args.foundation)}
+    teachers = {"foundation": {"foundation": {**weights, "size": args.foundation_size}}}
     return {"training": training, "labeled": labeled, "dino_mix": parts, "teachers": teachers}
 
 
-def make_trainer(run: Run, steps: int, epochs: int, foundation: Path | None) -> Any:
+def make_trainer(run: Run, args: argparse.Namespace) -> Any:
     """The real trainer."""
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    os.environ["nnUNetKD_settings"] = json.dumps(settings_of(run, steps, epochs, foundation))
+    os.environ["nnUNetKD_settings"] = json.dumps(settings_of(run, args))
     name = "nnUNetTrainerKDControl" if run.kind == "control" else "nnUNetTrainerDINOMix"
-    return get_trainer_from_args(
-        run.dataset, CONFIGURATION[run.dataset], run.fold, name, SMALL_PLANS, False, torch.device("cpu")
-    )
+    configuration = args.c or CONFIGURATION[run.dataset]
+    return get_trainer_from_args(run.dataset, configuration, run.fold, name, SMALL_PLANS, False, torch.device("cpu"))
 
 
-def train_and_test(root: Path, run: Run, steps: int, epochs: int, foundation: Path | None) -> None:
+def train_and_test(root: Path, run: Run, args: argparse.Namespace) -> None:
     """Train, test on the validation cases, write per-case rows."""
-    trainer = make_trainer(run, steps, epochs, foundation)
+    trainer = make_trainer(run, args)
     trainer.run_training()
     rows = real_data.test(trainer, run.dataset, run.dataset)
     labeled, (training, validation) = trainer.do_split()[0], trainer.fold_split()
     tail = tail_class(trainer, [*training, *validation])
-    content = {"run": asdict(run), "steps": steps, "labeled": labeled, "tail": tail}
+    content = {"run": asdict(run), "steps": args.steps, "labeled": labeled, "tail": tail}
     (root / "runs").mkdir(exist_ok=True)
     file = root / "runs" / f"{run.name}.json"
-    file.write_text(json.dumps({**content, "foundation": str(foundation), "rows": rows}))
+    file.write_text(json.dumps({**content, "foundation": str(args.foundation), "rows": rows}))
 
 
 def tail_class(trainer: Any, cases: list[str]) -> str:
@@ -149,13 +161,13 @@ def collect(root: Path, tasks: list[str], folds: list[int], seeds: list[int]) ->
     print(to_markdown(table))
 
 
-def measure_costs(task: str) -> None:
+def measure_costs(task: str, args: argparse.Namespace) -> None:
     """Seconds per step of every method, interleaved in one process; medians, and ratios to two controls.
 
     One control has the batch of the plans, the other as many patches as the method.
     """
-    made = {method: make_trainer(run_of(task, method, 0, 0), 600, 10, None) for method in METHODS}
-    made["control+"] = make_trainer(run_of(task, "control", 0, 0), 600, 10, None)
+    made = {method: make_trainer(run_of(task, method, 0, 0), args) for method in METHODS}
+    made["control+"] = make_trainer(run_of(task, "control", 0, 0), args)
     patches = {}
     for method, trainer in made.items():
         trainer.initialize()
@@ -185,8 +197,15 @@ def measure_costs(task: str) -> None:
 
 def start(root: Path, run: Run, args: argparse.Namespace) -> None:
     """One run in a process of its own."""
-    more = [] if args.foundation is None else ["--foundation", str(args.foundation)]
+    more = options_of(args)
     real_data.start_again(__file__, root, run, more, args, environment(root / "raw", root, "preprocessed", run.name, 1))
+
+
+def options_of(args: argparse.Namespace) -> list[str]:
+    """For a process that trains."""
+    more = ["--batch_size", str(args.batch_size), "--foundation_size", str(args.foundation_size)]
+    more += [] if args.c is None else ["-c", args.c]
+    return more + ([] if args.foundation is None else ["--foundation", str(args.foundation)])
 
 
 def main() -> None:
@@ -195,21 +214,26 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="Dataset@percent labelled")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--foundation", type=Path, default=None, help="Weights of vit_small_patch16_dinov3")
+    parser.add_argument("--foundation_size", type=int, default=224, help="Longer side of what it sees")
+    parser.add_argument("-c", choices=("2d", "3d_fullres"), default=None, help="Configuration of all tasks")
+    parser.add_argument("--batch_size", type=int, default=real_data.BATCH_SIZE)
     parser.add_argument("--costs", action="store_true", help="Measure the steps of the first task instead")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     real_data.add_run_arguments(parser, 600)
     args = parser.parse_args()
     root = args.o.resolve()
     if args.run is not None:
-        train_and_test(root, Run(**json.loads(args.run)), args.steps, args.epochs, args.foundation)
+        train_and_test(root, Run(**json.loads(args.run)), args)
         return
     if args.measure:
-        measure_costs(args.tasks[0])
+        measure_costs(args.tasks[0], args)
         return
-    prepare(root, args.tasks)
+    options = {name: getattr(args, name) for name in ("c", "batch_size", "foundation_size", "steps", "epochs")}
+    keep_options(root, {**options, "foundation": str(args.foundation)})
+    prepare(root, args.tasks, args.c, args.batch_size)
     if args.costs:
         env = environment(root / "raw", root, "preprocessed", "costs", 1)
-        command = [sys.executable, __file__, "-o", str(root), "--tasks", args.tasks[0], "--measure"]
+        command = [sys.executable, __file__, "-o", str(root), "--tasks", args.tasks[0], "--measure", *options_of(args)]
         sys.exit(subprocess.run(command, env=env, check=False).returncode)
     runs = [
         run_of(task, method, fold, seed)
