@@ -87,7 +87,8 @@ def settings_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     if parts is None:
         return {"training": training, "labeled": labeled}
     weights = {"pretrained": False} if args.foundation is None else {"weights": str(args.foundation)}
-    teachers = {"foundation": {"foundation": {**weights, "size": args.foundation_size}}}
+    foundation = {**weights, "size": args.foundation_size, "cache": args.cache}
+    teachers = {"foundation": {"foundation": foundation}}
     return {"training": training, "labeled": labeled, "dino_mix": parts, "teachers": teachers}
 
 
@@ -162,37 +163,46 @@ def collect(root: Path, tasks: list[str], folds: list[int], seeds: list[int]) ->
 
 
 def measure_costs(task: str, args: argparse.Namespace) -> None:
-    """Seconds per step of every method, interleaved in one process; medians, and ratios to two controls.
+    """Seconds per step and per batch of every method, interleaved in one process; medians, and ratios to two controls.
 
-    One control has the batch of the plans, the other as many patches as the method.
+    One control has the batch of the plans, the other as many patches as the method. Methods with the foundation teacher
+    are also measured with token maps of whole cases on disk.
     """
     made = {method: make_trainer(run_of(task, method, 0, 0), args) for method in METHODS}
+    args.cache = True
+    cached = {f"{method}, cache": make_trainer(run_of(task, method, 0, 0), args) for method in ("fkd", "full")}
+    made |= cached
     made["control+"] = make_trainer(run_of(task, "control", 0, 0), args)
     patches = {}
     for method, trainer in made.items():
         trainer.initialize()
-        patches[method] = trainer.batch_size + (trainer.batch_size // 2 if method in ("pic", "full") else 0)
+        patches[method] = trainer.batch_size + (trainer.batch_size // 2 if method.startswith(("pic", "full")) else 0)
         if method == "control+":
             patches[method] = trainer.batch_size = trainer.batch_size + trainer.batch_size // 2
         trainer.on_train_start()
         trainer.on_epoch_start()
         trainer.on_train_epoch_start()
     steps: dict[str, list[float]] = {method: [] for method in made}
+    loads: dict[str, list[float]] = {method: [] for method in made}
     for index in range(NUM_WARM + NUM_TIMED):
         for method, trainer in made.items():
+            begin = time.perf_counter()
             batch = next(trainer.dataloader_train)
             start = time.perf_counter()
             trainer.train_step(batch)
             if index >= NUM_WARM:
                 steps[method].append(time.perf_counter() - start)
+                loads[method].append(start - begin)
     seconds = {method: statistics.median(values) for method, values in steps.items()}
     of_control = {patches[method]: seconds[method] for method in ("control", "control+")}
-    print(f"| {task} | patches per step | seconds | to the control | to a control with as many patches |")
-    print("|---|---|---|---|---|")
+    print(f"| {task} | patches | seconds of a step | to the control | to one with as many patches | of a batch |")
+    print("|---|---|---|---|---|---|")
     for method in made:
         ratios = (seconds[method] / seconds["control"], seconds[method] / of_control[patches[method]])
-        name = NAMES.get(method, "control, larger batch")
-        print(f"| {name} | {patches[method]} | {seconds[method]:.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+        own, _, cache = method.partition(", ")
+        name = NAMES.get(own, "control, larger batch") + (", token maps on disk" if cache else "")
+        shown = [f"{value:.2f}" for value in (seconds[method], *ratios, statistics.median(loads[method]))]
+        print(f"| {name} | {patches[method]} | {' | '.join(shown)} |")
 
 
 def start(root: Path, run: Run, args: argparse.Namespace) -> None:
@@ -204,6 +214,7 @@ def start(root: Path, run: Run, args: argparse.Namespace) -> None:
 def options_of(args: argparse.Namespace) -> list[str]:
     """For a process that trains."""
     more = ["--batch_size", str(args.batch_size), "--foundation_size", str(args.foundation_size)]
+    more += ["--cache"] if args.cache else []
     more += [] if args.c is None else ["-c", args.c]
     return more + ([] if args.foundation is None else ["--foundation", str(args.foundation)])
 
@@ -215,6 +226,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--foundation", type=Path, default=None, help="Weights of vit_small_patch16_dinov3")
     parser.add_argument("--foundation_size", type=int, default=224, help="Longer side of what it sees")
+    parser.add_argument("--cache", action="store_true", help="Keep its tokens of whole cases on disk")
     parser.add_argument("-c", choices=("2d", "3d_fullres"), default=None, help="Configuration of all tasks")
     parser.add_argument("--batch_size", type=int, default=real_data.BATCH_SIZE)
     parser.add_argument("--costs", action="store_true", help="Measure the steps of the first task instead")
@@ -228,7 +240,7 @@ def main() -> None:
     if args.measure:
         measure_costs(args.tasks[0], args)
         return
-    options = {name: getattr(args, name) for name in ("c", "batch_size", "foundation_size", "steps", "epochs")}
+    options = {name: getattr(args, name) for name in ("c", "batch_size", "foundation_size", "cache", "steps", "epochs")}
     keep_options(root, {**options, "foundation": str(args.foundation)})
     prepare(root, args.tasks, args.c, args.batch_size)
     if args.costs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor
+
+from nnunet_kd.data.patch_places import PatchPlaces
 
 OUTSIDE = -1  # nnU-Net's label of voxels that are not part of the image
 
@@ -26,8 +29,10 @@ class UnlabeledImages:
 
     def __init__(self, kind: type[nnUNetBaseDataset], folders: Mapping[Path, Sequence[str]]) -> None:
         self._source: dict[str, Any] = {}
+        self.folder_of: dict[str, Path] = {}
         for folder, cases in folders.items():
             self._source |= dict.fromkeys(cases, kind(str(folder), list(cases)))
+            self.folder_of |= dict.fromkeys(cases, folder)
         self.identifiers = list(self._source)
 
     def load_case(self, case: str) -> tuple[Any, Any, None, dict[str, Any]]:
@@ -49,6 +54,8 @@ class SemiSupervisedLoader(SlimDataLoaderBase):
         num_labeled: Labelled samples per batch.
         num_unlabeled: Unlabelled ones.
         label_manager: Stock nnU-Net's.
+        look_up: What else the batch holds: cases, places of their patches (see ``patch_places.py``) and the patch's
+            shape to named tensors. None: nothing.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class SemiSupervisedLoader(SlimDataLoaderBase):
         num_labeled: int,
         num_unlabeled: int,
         label_manager: LabelManager,
+        look_up: Callable[[Sequence[str], Tensor, Sequence[int]], dict[str, Tensor]] | None = None,
     ) -> None:
         super().__init__(None, num_labeled + num_unlabeled, 1)
         first = 1 if labeled.patch_size_was_2d else 0
@@ -78,14 +86,21 @@ class SemiSupervisedLoader(SlimDataLoaderBase):
             transforms=labeled.transforms,
         )
         self.unlabeled.has_ignore = False  # else patches would be drawn where there are labels
+        self.look_up = look_up
+        if look_up is not None:
+            self.places = [PatchPlaces(loader) for loader in (self.labeled, self.unlabeled)]
 
     def generate_train_batch(self) -> dict[str, Any]:
         """A batch; the targets of unlabelled samples are nnU-Net's background and mean nothing."""
         parts = [loader.generate_train_batch() for loader in (self.labeled, self.unlabeled)]
         targets = [part["target"] for part in parts]
         several = isinstance(targets[0], list)
-        return {
+        batch: dict[str, Any] = {
             "data": torch.cat([part["data"] for part in parts]),
             "target": [torch.cat(level) for level in zip(*targets, strict=True)] if several else torch.cat(targets),
             "keys": [key for part in parts for key in part["keys"]],
         }
+        if self.look_up is not None:
+            places = torch.cat([own.take() for own in self.places])
+            batch |= self.look_up(batch["keys"], places, batch["data"].shape[2:])
+        return batch

@@ -178,7 +178,8 @@ class Foundation:
     """A foundation model, see ``teachers/foundation.py``; the teacher's ``model`` names it.
 
     ``pretrained``: false leaves random weights, for tests and ablations. ``weights``: a local file of them; ``sha256``:
-    what its hash must be. ``slices``: that are seen of a 3D patch. ``size``: of the longer side, in pixels.
+    what its hash must be. ``slices``: that are seen of a 3D patch. ``size``: of the longer side, in pixels. ``cache``:
+    DINO-Mix keeps the tokens of whole cases on disk and cuts them as patches are, see ``teachers/token_maps.py``.
     """
 
     pretrained: bool = True
@@ -186,6 +187,7 @@ class Foundation:
     sha256: str | None = None
     slices: int = 4
     size: int = 224
+    cache: bool = False
 
 
 @dataclass(frozen=True)

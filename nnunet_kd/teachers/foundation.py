@@ -6,7 +6,10 @@ Established (arXiv 2602.07819): a frozen DINOv3 encoder and the mean squared err
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from nnunet_kd.teachers.foundation_model import DEFAULT_MODEL, build_foundation
 from nnunet_kd.teachers.output import TeacherOutput
 from nnunet_kd.teachers.precision import choose_bf16, cpu_has_bf16
 from nnunet_kd.teachers.slices import Slices, coarsest_axis
+from nnunet_kd.teachers.token_maps import FOLDER, TOKEN_SLICES, TOKENS, TokenMaps
 
 SEEN = "num_natural"  # key of a batch: how many of its first samples are natural images, not mixed ones
 SLICE_PERCENTILES = (0.01, 0.99)
@@ -100,12 +104,55 @@ class FoundationTeacher(BatchTeacher):
         """Tokens [B, C, K, h, w] of slices, or [B, C, h, w] of 2D patches, the same for every level."""
         del tasks
         image = batch["data"][: batch.get(SEEN), :1]
+        if TOKENS in batch:
+            return self._cached(batch, image)
         slices = self._draw(image)
         if self._bf16_undecided:
             self._bf16_undecided = False
             self._use_bf16, reason = choose_bf16(lambda use: self._teach_in(use, image, slices), regions=False)
             self.precision_note = f"teacher '{self.name}': {reason}"
         return self._teach_in(self._use_bf16, image, slices)
+
+    def token_maps(self, sources: Mapping[str, tuple[Any, Sequence[Path]]], folder: Path) -> TokenMaps:
+        """The tokens of whole cases, computed where they are missing; called after :meth:`load`.
+
+        Args:
+            sources: Case to the dataset that loads it and its preprocessed files.
+            folder: Of the dataset in nnUNet_preprocessed; the maps have a folder in it for every model and size.
+        """
+        patch = [*self.student.configuration_manager.patch_size]
+        plane = patch if self.axis is None else [side for axis, side in enumerate(patch) if axis != self.axis]
+        size, multiple = self.settings.foundation.size, self.model.multiple
+        scale = size / max(plane)
+
+        def tokens_of(slices: Tensor) -> Tensor:
+            slices = slices.to(self.colours[0].device)
+            larger = [max(1, round(side * scale / multiple)) * multiple for side in slices.shape[2:]]
+            return self._tokens_of(slices, larger, cpu_has_bf16() and self.settings.precision == "auto")
+
+        seen = [str(self.model.note), self._digest(), size, scale, self.axis, self.range.limits]
+        seen.append(self.student.configuration_manager.data_identifier)
+        name = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+        grid_of = partial(grid_size, size=size, multiple=multiple)
+        maps = TokenMaps(folder / FOLDER / name, self.axis, self.settings.foundation.slices, grid_of)
+        maps.fill(sources, torch.no_grad()(tokens_of))
+        return maps
+
+    def _digest(self) -> str:
+        """Of the weights."""
+        digest = hashlib.sha256()
+        for value in self.model.network.state_dict().values():
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _cached(self, batch: Mapping[str, Any], image: Tensor) -> TeacherOutput:
+        """What a loader with token maps has brought."""
+        tokens = batch[TOKENS].to(image.device, non_blocking=True).float()
+        slices = None
+        if self.axis is not None:
+            indices = batch[TOKEN_SLICES].to(image.device, non_blocking=True)
+            slices = Slices(self.axis, indices, image.shape[self.axis + 2])
+        return TeacherOutput(features=dict.fromkeys(self.levels, tokens), slices=slices)
 
     def _draw(self, image: Tensor) -> Slices | None:
         if self.axis is None:
@@ -115,21 +162,29 @@ class FoundationTeacher(BatchTeacher):
 
     def _teach_in(self, use_bf16: bool, image: Tensor, slices: Slices | None) -> TeacherOutput:
         seen = image[:, :, None] if slices is None else slices.of_image(image)  # [B, 1, K, H, W]
-        pixels = self.range(seen.transpose(1, 2).flatten(0, 1))
-        pixels = interpolate(pixels, self._size(pixels.shape[2:]), mode="bilinear", antialias=True)
-        mean, std = self.colours
-        is_cuda = image.device.type == "cuda"
-        dtype = torch.float16 if is_cuda else torch.bfloat16
-        with torch.autocast(image.device.type, dtype=dtype, enabled=is_cuda or use_bf16):
-            tokens = self.network((pixels - mean) / std).float()
+        pixels = seen.transpose(1, 2).flatten(0, 1)
+        multiple = self.model.multiple
+        grid = grid_size(pixels.shape[2:], size=self.settings.foundation.size, multiple=multiple)
+        tokens = self._tokens_of(pixels, [side * multiple for side in grid], use_bf16)
         tokens = tokens.unflatten(0, (len(image), -1)).transpose(1, 2)  # [B, C, K, h, w]
         tokens = tokens[:, :, 0] if slices is None else tokens
         return TeacherOutput(features=dict.fromkeys(self.levels, tokens), slices=slices)
 
-    def _size(self, shape: Sequence[int]) -> list[int]:
-        """Height and width of what the model sees."""
-        scale, multiple = self.settings.foundation.size / max(shape), self.model.multiple
-        return [max(1, round(side * scale / multiple)) * multiple for side in shape]
+    def _tokens_of(self, slices: Tensor, size: Sequence[int], use_bf16: bool) -> Tensor:
+        """Slices [N, 1, H, W], seen in ``size`` -> tokens [N, C, h, w]."""
+        pixels = interpolate(self.range(slices), list(size), mode="bilinear", antialias=True)
+        mean, std = self.colours
+        is_cuda = pixels.device.type == "cuda"
+        dtype = torch.float16 if is_cuda else torch.bfloat16
+        with torch.autocast(pixels.device.type, dtype=dtype, enabled=is_cuda or use_bf16):
+            tokens: Tensor = self.network((pixels - mean) / std).float()
+        return tokens
+
+
+def grid_size(plane: Sequence[int], size: int, multiple: int) -> tuple[int, int]:
+    """Tokens along height and width of a patch whose longer side is seen in ``size`` pixels."""
+    height, width = (max(1, round(side * size / max(plane) / multiple)) for side in plane)
+    return height, width
 
 
 class IntensityRange:

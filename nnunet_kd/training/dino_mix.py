@@ -23,6 +23,8 @@ from nnunet_kd.errors import SettingsError
 from nnunet_kd.settings import Settings, check_types, merge
 from nnunet_kd.spaces.labels import LabelSpace
 from nnunet_kd.teachers.ema import EMATeacher
+from nnunet_kd.teachers.foundation import FoundationTeacher
+from nnunet_kd.teachers.token_maps import TokenMaps
 from nnunet_kd.training.dino_mix_terms import check_terms, terms_of
 from nnunet_kd.training.distillation import DistillationLoss
 from nnunet_kd.training.other_weights import PredictsWithOthers
@@ -117,8 +119,34 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
         images, processes = self._unlabeled_images(), get_allowed_n_proc_DA()
         with environment({"nnUNet_n_proc_DA": "0"}):  # stock nnU-Net then returns the bare loaders
             labeled, validation = (augmenter.data_loader for augmenter in super().get_dataloaders())
-        training = SemiSupervisedLoader(labeled, images, self.num_labeled, self.num_unlabeled, self.label_manager)
+        numbers = (self.num_labeled, self.num_unlabeled)
+        maps = self._token_maps(labeled, images)
+        training = SemiSupervisedLoader(labeled, images, *numbers, self.label_manager, maps)
         return augmenters(training, validation, processes, pin_memory=self.device.type == "cuda")
+
+    def _token_maps(self, labeled: Any, images: UnlabeledImages) -> TokenMaps | None:
+        """Tokens of whole cases for a foundation teacher that wants them."""
+        wanting = [
+            own
+            for own in self.teachers.values()
+            if isinstance(own, FoundationTeacher) and own.settings.foundation.cache
+        ]
+        if not wanting:
+            return None
+        if len(wanting) > 1:
+            raise SettingsError("'foundation.cache' is possible for one teacher only. Switch it off for the others.")
+        member = self.own_dataset()
+        folders = {**dict.fromkeys(labeled.indices, member.data_folder), **images.folder_of}
+        sources = {
+            case: (
+                images if case in images.folder_of else labeled._data,
+                [file for ending in (".b2nd", ".npz", ".npy") if (file := folder / f"{case}{ending}").is_file()],
+            )
+            for case, folder in folders.items()
+        }
+        maps = wanting[0].token_maps(sources, member.base_folder)
+        self.print_to_log_file(f"Token maps of {len(sources)} cases: {maps.folder}", add_timestamp=False)
+        return maps
 
     def _distillation_loss(self, supervised: nn.Module) -> DistillationLoss:
         loss = super()._distillation_loss(supervised)

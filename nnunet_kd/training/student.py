@@ -20,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_kd.data.tasks import Tasks
-from nnunet_kd.errors import TeacherError
+from nnunet_kd.errors import SettingsError, TeacherError
 from nnunet_kd.files import write_json
 from nnunet_kd.networks.adapters import Projector
 from nnunet_kd.networks.multitask import planned_heads
@@ -107,6 +107,8 @@ class nnUNetTrainerKDStudent(TaskTrainer):
                 found = merge(found, {"teachers": {name: {"model": model}}})
         settings = resolve_settings(preset, found, given)
         check_samples(settings.terms, self.samples)
+        if not self.samples and any(own.foundation.cache for own in settings.teachers.values()):
+            raise SettingsError("'foundation.cache' is for nnUNetTrainerDINOMix. Remove it from the settings.")
         fitted = fit_terms(settings.terms, plans["dataset_name"], self.planned_tasks, self.planned_boxes)
         return replace(settings, terms=fitted)
 

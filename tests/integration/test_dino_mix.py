@@ -23,6 +23,7 @@ ALPHA, BETA, GAMMA = "Dataset001_Alpha", "Dataset002_Beta", "Dataset003_Gamma"
 NAMES = {1: ALPHA, 2: BETA, 3: GAMMA}
 SHORT = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "seed": 1}
 TINY_VIT = {"model": "test_vit", "foundation": {"pretrained": False, "slices": 2, "size": 32}}
+CACHED_VIT = {**TINY_VIT, "foundation": {"pretrained": False, "slices": 2, "size": 32, "cache": True}}
 SETTINGS: dict[str, Any] = {
     "training": SHORT,
     "labeled": {"fraction": 0.5},
@@ -235,8 +236,12 @@ def test_a_teacher_that_knows_the_labels_of_unlabelled_cases_is_refused(planned:
 def test_2d(planned: Any, tmp_path: Path) -> None:
     copied = planned.copy(tmp_path)
     copied.run("nnUNetv2_preprocess", "-d", "1", "-c", "2d", "-np", "1", nnUNet_n_proc_DA="1")
-    output = train(copied, 1, configuration="2d")
-    assert all(max(logged(output, term)) > 0 for term in TERMS)
+    for foundation in (TINY_VIT, CACHED_VIT):
+        shutil.rmtree(copied.results / ALPHA, ignore_errors=True)
+        settings = {**SETTINGS, "teachers": {"foundation": foundation}}
+        output = train(copied, 1, configuration="2d", settings=settings)
+        assert all(max(logged(output, term)) > 0 for term in TERMS)
+    assert any((copied.preprocessed / ALPHA / "nnunet_kd_tokens").rglob("*.npy"))
 
 
 def test_images_that_were_added(planned: Any, tmp_path: Path) -> None:
@@ -333,3 +338,21 @@ def test_plans_that_it_cannot_train(planned: Any, tmp_path: Path) -> None:
     with_plans(copied, lambda configuration: configuration.update(previous_stage="3d_lowres"))
     output = train(copied, 1, "-p", "Other", check=False)
     assert "DINO-Mix is not supported in the second stage of a cascade (3d_fullres): unlabelled images" in output
+
+
+def test_token_maps_of_whole_cases(world: Any, tmp_path: Path) -> None:
+    copied = world.copy(tmp_path / "world")
+    shutil.rmtree(copied.results, ignore_errors=True)
+    settings = {**SETTINGS, "dino_mix": NO_EMA, "teachers": {"foundation": CACHED_VIT}}
+    written = []
+    for _ in range(2):
+        shutil.rmtree(copied.results, ignore_errors=True)
+        output = train(copied, 1, settings=settings)
+        assert len(logged(output, TERMS[2])) == 2
+        assert max(logged(output, TERMS[2])) > 0
+        (folder,) = (copied.preprocessed / ALPHA / "nnunet_kd_tokens").iterdir()
+        assert sorted(file.stem for file in folder.glob("*.npy")) == sorted(splits(copied, ALPHA)["train"])
+        written.append({file.name: file.stat().st_mtime_ns for file in folder.iterdir()})
+    assert written[0] == written[1]
+    refused = train(copied, 1, settings=settings, trainer="nnUNetTrainerKDStudent", check=False)
+    assert "'foundation.cache' is for nnUNetTrainerDINOMix" in refused

@@ -1,0 +1,139 @@
+"""Tokens of whole cases on disk, cut as the patches of a batch are (our design).
+
+A foundation model is the same in every step, so its tokens of a case are computed once: all slices across the teacher's
+axis, at the scale in which it sees patches. A patch gets the tokens at its place, turned and mirrored as it is. They
+differ from those of the patch itself: the model has seen what lies around the patch, and none of the augmentation of
+intensities.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+from tqdm import tqdm
+
+from nnunet_kd.files import replacing, write_json
+from nnunet_kd.teachers.slices import Slices
+
+FOLDER = "nnunet_kd_tokens"
+TOKENS, TOKEN_SLICES = "tokens", "token_slices"  # keys of a batch
+INDEX = "index.json"
+SLICES_AT_ONCE = 8
+
+
+class TokenMaps:
+    """The token maps in a folder: per case float16 [N, h, w, C] of its N slices.
+
+    Args:
+        folder: Where they are.
+        axis: Across the slices; None for patches of slices, whose cases are volumes across their first axis.
+        num_slices: K that are asked for of a 3D patch.
+        grid_of: In-plane size of a patch to the size of its token map.
+    """
+
+    def __init__(
+        self, folder: Path, axis: int | None, num_slices: int, grid_of: Callable[[Sequence[int]], tuple[int, int]]
+    ) -> None:
+        self.folder = folder
+        self.axis = axis
+        self.num_slices = num_slices
+        self.grid_of = grid_of
+        self.shapes: dict[str, list[int]] = {}
+
+    def fill(self, sources: Mapping[str, tuple[Any, Sequence[Path]]], tokens_of: Callable[[Tensor], Tensor]) -> None:
+        """Compute the maps that are missing or older than their case; of several processes, one does.
+
+        Args:
+            sources: Case to the dataset that loads it and its preprocessed files.
+            tokens_of: Slices [N, 1, H, W] of a case to tokens [N, C, h, w].
+        """
+        several = distributed.is_available() and distributed.is_initialized()
+        if not several or distributed.get_rank() == 0:
+            self._fill(sources, tokens_of)
+        if several:
+            distributed.barrier()
+        index = self._index()
+        self.shapes = {case: index[case]["shape"] for case in sources}
+
+    def __call__(self, cases: Sequence[str], matrices: Tensor, patch: Sequence[int]) -> dict[str, Tensor]:
+        """Tokens of patches.
+
+        Args:
+            cases: Of the samples.
+            matrices: Their places, see ``data/patch_places.py``.
+            patch: Spatial shape of the patches.
+
+        Returns:
+            ``TOKENS``, float16 [B, C, K, h, w], of 2D patches [B, C, h, w]; and for 3D patches ``TOKEN_SLICES``, the
+            voxels [B, K] of their slices.
+        """
+        if self.axis is None:
+            parts = [self._cut(case, own, _centres(self.grid_of(patch), patch)) for case, own in zip(cases, matrices)]  # noqa: B905
+            return {TOKENS: torch.stack(parts)}
+        slices = Slices.draw(len(cases), patch[self.axis], self.num_slices, self.axis, torch.device("cpu"))
+        plane = [length for axis, length in enumerate(patch) if axis != self.axis]
+        centres = _centres(self.grid_of(plane), plane)  # [h, w, 2]
+        parts = []
+        for case, matrix, indices in zip(cases, matrices, slices.indices, strict=True):
+            across = indices.float().view(-1, 1, 1, 1).expand(-1, *centres.shape[:2], 1)
+            own = centres.expand(len(indices), *centres.shape)
+            places = torch.cat((own[..., : self.axis], across, own[..., self.axis :]), -1)  # [K, h, w, 3]
+            parts.append(self._cut(case, matrix, places))
+        return {TOKENS: torch.stack(parts), TOKEN_SLICES: slices.indices}
+
+    def _cut(self, case: str, matrix: Tensor, places: Tensor) -> Tensor:
+        """Tokens [C, ...] at voxels [..., D] of a patch, interpolated linearly."""
+        tokens = np.load(self.folder / f"{case}.npy", mmap_mode="r")
+        voxels = (places @ matrix[:, :-1].T + matrix[:, -1]).movedim(-1, 0)  # [3, ...] of the case
+        order = [self.axis or 0, *(axis for axis in range(3) if axis != (self.axis or 0))]
+        lengths = [self.shapes[case][axis] for axis in order]
+        corners = []  # per axis: (index, weight) below and above
+        for voxel, length, size in zip(voxels[order], lengths, tokens.shape[:3], strict=True):
+            place = ((voxel + 0.5) * (size / length) - 0.5).clamp(0, size - 1).numpy()
+            below = np.floor(place).astype(np.int64)
+            part = place - below
+            corners.append(((below, 1 - part), (np.minimum(below + 1, size - 1), part)))
+        found = np.zeros((*places.shape[:-1], tokens.shape[3]), np.float32)
+        for chosen in itertools.product(*corners):
+            weight = np.prod([own for _, own in chosen], axis=0)
+            if weight.any():
+                found += weight[..., None] * tokens[tuple(index for index, _ in chosen)]
+        return torch.from_numpy(found).movedim(-1, 0).half()
+
+    def _fill(self, sources: Mapping[str, tuple[Any, Sequence[Path]]], tokens_of: Callable[[Tensor], Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        index = self._index()
+        states = {case: _state(files) for case, (_, files) in sources.items()}
+        missing = [case for case in sources if index.get(case, {}).get("state") != states[case]]
+        for case in tqdm(missing, desc="Token maps of whole cases", disable=not missing):
+            image = torch.from_numpy(np.asarray(sources[case][0].load_case(case)[0][:1]))
+            slices = image.movedim((self.axis or 0) + 1, 0)  # [N, 1, H, W]
+            parts = [tokens_of(part).permute(0, 2, 3, 1).cpu().half() for part in slices.split(SLICES_AT_ONCE)]
+            with replacing(self.folder / f"{case}.npy") as temporary, temporary.open("wb") as stream:
+                np.save(stream, torch.cat(parts).numpy())
+            index[case] = {"shape": list(image.shape[1:]), "state": states[case]}
+            write_json(self.folder / INDEX, index)
+
+    def _index(self) -> dict[str, Any]:
+        file = self.folder / INDEX
+        content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        return content
+
+
+def _centres(grid: Sequence[int], plane: Sequence[int]) -> Tensor:
+    """Centres [h, w, 2] of the tokens of a patch, in voxels."""
+    axes = [(torch.arange(size) + 0.5) * (length / size) - 0.5 for size, length in zip(grid, plane, strict=True)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+
+
+def _state(files: Sequence[Path]) -> str:
+    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
