@@ -116,3 +116,17 @@ def test_datasets_must_exist_to_run(make_small_plan: MakePlan, tmp_path: Path, m
         check_data(plan.recipe, file)
     (tmp_path / "Dataset002_Beta").mkdir()
     check_data(plan.recipe, file)
+
+
+def test_datasets_must_be_in_the_raw_folder_of_the_recipe(
+    make_small_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, file = make_small_plan(("name: small", "name: small\nraw: $SOMEWHERE")), tmp_path / "recipe.yaml"
+    with pytest.raises(RecipeError, match=r"line 2: 'raw' of the recipe is \$SOMEWHERE, and that variable is not set"):
+        check_data(plan.recipe, file)
+    monkeypatch.setenv("SOMEWHERE", str(tmp_path / "raw"))
+    (tmp_path / "raw" / "Dataset001_Alpha").mkdir(parents=True)
+    with pytest.raises(RecipeError, match=r"line 6: Dataset002_Beta is not in .*raw\."):
+        check_data(plan.recipe, file)
+    (tmp_path / "raw" / "Dataset002_Beta").mkdir()
+    check_data(plan.recipe, file)
