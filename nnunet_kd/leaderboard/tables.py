@@ -137,10 +137,10 @@ def _ranking(table: pd.DataFrame, metric: Metric) -> Ranking:
 
 def _leakage(runs: pd.DataFrame, dataset: str, method: str) -> str:
     own = runs[(runs["dataset"] == dataset) & (runs["method"] == method)]
-    leaking = own[own["leakage"] != NO_LEAK]
-    if not len(leaking):
+    notes = [note for note in own["leakage"] if note != NO_LEAK]
+    if not notes:
         return NO_LEAK
-    return f"{len(leaking)} of {len(own)} runs: {leaking['leakage'].iloc[0]}"
+    return f"{len(notes)} of {len(own)} runs: {' / '.join(dict.fromkeys(notes))}"
 
 
 def cost_table(collected: Collected) -> pd.DataFrame:

@@ -274,3 +274,15 @@ def test_a_class_that_only_the_control_predicted_counts_alike_in_table_and_runs(
     assert (line["mean"], run["value"]) == (pytest.approx(0.9), pytest.approx(0.9))
     shown = table.values[table.values["method"] == "student"].set_index("unit")["value"]
     assert shown["a1"] == 1.0
+
+
+def test_the_table_hides_no_leak_behind_what_is_unknown(finished: Plan) -> None:
+    control = [run for run in finished.runs if run.method == "control" and run.group == "a"]
+    seen = {control[0].name: {}, control[1].name: {"Dataset001_Alpha": ["a00", "a01"]}}
+    for job in finished.jobs:
+        if job.run is not None and job.run.group == "a":
+            cases = seen.get(job.run.name, {"Dataset001_Alpha": ["x"]})
+            write_record(record_file(job, finished.out), job, costs={"training_cases": cases})
+    table = metric_tables(collect(finished))[0].table.set_index(["dataset", "method"])
+    assert table.loc[("a", "control"), "leakage"] == "2 of 4 runs: unknown / labels of 2 cases seen"
+    assert table.loc[("a", "student"), "leakage"] == "none"
