@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -96,6 +99,24 @@ def test_interrupted_commands_end_with_their_workers(plan_of: Callable[..., Plan
     end_all()
     thread.join(10)
     assert len(results) == 1
+    count = beats.stat().st_size
+    time.sleep(0.3)
+    assert beats.stat().st_size == count
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_leaderboard_that_is_ended_ends_its_commands(
+    plan_of: Callable[..., Plan], tmp_path: Path, number: signal.Signals
+) -> None:
+    beats = tmp_path / "beats"
+    plan = plan_of(shell("long", f"while true; do echo . >> {beats}; sleep 0.02; done"))
+    process = multiprocessing.get_context("fork").Process(target=run_plan, args=(plan, Machine(), 1))
+    process.start()
+    while not beats.is_file():
+        time.sleep(0.01)
+    os.kill(process.pid or 0, number)
+    process.join(10)
+    assert process.exitcode == 128 + number
     count = beats.stat().st_size
     time.sleep(0.3)
     assert beats.stat().st_size == count
