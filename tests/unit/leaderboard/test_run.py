@@ -81,6 +81,20 @@ def test_a_job_that_another_process_runs_is_left_to_it(plan_of: Callable[..., Pl
     assert execute(job, plan, Machine()) == "done before"
 
 
+def test_other_nodes_leave_outputs_to_the_main_one_and_repeat_nothing(
+    plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    calls, output = tmp_path / "calls", tmp_path / "written_by_the_main_node"
+    job = shell("a", f"echo . >> {calls}", outputs=(output,))
+    plan = plan_of(job)
+    (plan.out / "jobs").mkdir(parents=True)
+    assert execute(job, plan, Machine(), is_main=False).endswith(" s")
+    output.touch()
+    execute(job, plan, Machine())
+    assert execute(job, plan, Machine(), is_main=False) == "done before"
+    assert calls.read_text().split() == [".", "."]
+
+
 def test_interrupted_commands_end_with_their_workers(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
     beats = tmp_path / "beats"
     job = shell("long", f"sh -c 'while true; do echo . >> {beats}; sleep 0.02; done' & wait")
