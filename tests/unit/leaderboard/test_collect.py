@@ -243,8 +243,12 @@ reference:
     table = reference_table(collected)
     assert table["value"].tolist()[:2] == [0.9, 3.5]
     assert table["value"].isna().tolist() == [False, False, True, True]
-    text = (write_report(collected) / "leaderboard.md").read_text()
+    folder = write_report(collected)
+    text = (folder / "leaderboard.md").read_text()
     assert "[1] Doe 2020, table 3" in text
+    assert r"\caption{Rows of papers: [1] Doe 2020, table 3}" in (folder / "leaderboard.tex").read_text()
+    rows = pd.read_csv(folder / "leaderboard.csv")[["metric", "method", "mean", "source"]].to_numpy().tolist()
+    assert rows == [["dice", "Doe", 0.9, "Doe 2020, table 3"], ["hd95", "Doe", 3.5, "Doe 2020, table 3"]]
     assert "- a_control_2d_f0_s3: missing" in text
     with pytest.raises(RecipeError, match="lacks 'source'"):
         make_small_plan(text=recipe_text + reference.replace("source: Doe 2020, table 3\n    ", ""))
