@@ -111,7 +111,12 @@ def _latex(tables: Sequence[MetricTable], costs: pd.DataFrame, reference: pd.Dat
 def _csv(tables: Sequence[MetricTable], costs: pd.DataFrame, reference: pd.DataFrame) -> str:
     rows = all_rows(tables, costs)
     published = reference.dropna(subset="value").rename(columns={"value": "mean"})
-    return (pd.concat([rows, published]) if len(published) else rows).to_csv(index=False)
+    if not len(published):
+        return rows.to_csv(index=False)
+    columns = list(dict.fromkeys([*rows.columns, *published.columns]))
+    # as one table, counts would be no whole numbers
+    parts = [own.reindex(columns=columns) for own in (rows, published)]
+    return parts[0].to_csv(index=False) + parts[1].to_csv(index=False, header=False)
 
 
 def _page(collected: Collected, tables: Sequence[MetricTable], costs: pd.DataFrame, reference: pd.DataFrame) -> Page:
