@@ -78,7 +78,8 @@ def convert(
         show_progress: Show a bar over the cases.
 
     Raises:
-        ConversionError: The input is not this dataset, its id is taken, or no case can be converted.
+        ConversionError: The input is not this dataset, its id is taken, the output folder cannot be made, or no case
+            can be converted.
     """
     if not source.is_dir():
         raise ConversionError(
@@ -97,7 +98,12 @@ def convert(
     cases = [entry for entry in found if isinstance(entry, Case)]
     written = _written_before(folder)
     _check_names([case.name for case in cases], written, source)
-    (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConversionError(
+            f"{folder} cannot be made ({error}). Give a folder that can be written to with -o."
+        ) from error
     write_json(folder / REPORT_FILE, report)
     left_out = [entry for entry in found if isinstance(entry, LeftOut)]
     remaining = [case for case in cases if case.name not in written]

@@ -193,9 +193,9 @@ def to_markdown(table: pd.DataFrame, *, metric: str = "Dice", level: float = 0.9
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """Texts as Markdown, with aligned columns."""
-    widths = [max(len(row[column]) for row in [header, *body]) for column in range(len(header))]
-    rule = ["-" * width for width in widths]
-    rows = [header, rule, *body]
+    texts = [[cell.replace("|", "\\|") for cell in row] for row in [header, *body]]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    rows = [texts[0], ["-" * width for width in widths], *texts[1:]]
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     )

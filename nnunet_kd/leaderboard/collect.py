@@ -78,7 +78,8 @@ def collect(plan: Plan) -> Collected:
         cases = list(dict.fromkeys(scores["case"])) if scores is not None else []
         cases = cases or [case for runs in task_runs.values() for case in runs.cases]
         leaks = leakage(plan, evaluation, record.get("costs", {}), cases)
-        files = {"folder": str(evaluation.predictions), "scores": str(evaluation.scores_file) if cases else ""}
+        scores_file = "" if scores is None else str(evaluation.scores_file)
+        files = {"folder": str(evaluation.predictions), "scores": scores_file}
         more = {"configuration": evaluation.run.configuration, "leakage": leaks, "hash": evaluation.run.hash}
         parts.append(({**place, **files, **more, "cases": frozenset(cases)}, scores if scores is not None else _EMPTY))
         for kind, run in task_runs.items():

@@ -25,7 +25,7 @@ from nnunet_kd.leaderboard.runs import Run, trained_datasets
 from nnunet_kd.leaderboard.scores import case_scores
 
 TAIL_LINES = 25
-ELSEWHERE = "runs elsewhere"
+DONE, ELSEWHERE = "done before", "runs elsewhere"
 _processes: set[int] = set()  # process groups that run now
 _measuring = Lock()  # nnU-Net finds trainers through sys.path and sys.modules, which threads share
 
@@ -49,21 +49,28 @@ def execute(job: Job, plan: Plan, machine: Machine, *, is_main: bool = True) -> 
     Raises:
         JobError: The command failed or did not write its outputs, or the run was made with other settings.
     """
-    if not is_main:
+    if not is_main:  # the others would wait for a main node that has nothing to do
+        if _refuse_or_finished(job, plan.out):
+            return DONE
         seconds, _ = _call(job, plan, machine)
         return f"{seconds:.0f} s"
     locks = plan.out / "jobs"
     locks.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(locks / f"{job.name}.lock", timeout=0):
-            state = state_of(job, plan.out)
-            if state in (State.OTHER, State.UNKNOWN):
-                raise JobError(conflict(job, plan.out, state))
-            result = "done before" if state is State.FINISHED else _call_and_record(job, plan, machine)
+            result = DONE if _refuse_or_finished(job, plan.out) else _call_and_record(job, plan, machine)
             measure_once(job, plan)
             return result
     except Timeout:
         return ELSEWHERE
+
+
+def _refuse_or_finished(job: Job, out: Path) -> bool:
+    """Whether there is nothing left to do; raises JobError where something else is in its place."""
+    state = state_of(job, out)
+    if state in (State.OTHER, State.UNKNOWN):
+        raise JobError(conflict(job, out, state))
+    return state is State.FINISHED
 
 
 def end_all() -> None:
@@ -156,23 +163,28 @@ def _call_and_record(job: Job, plan: Plan, machine: Machine) -> str:
     is_changed = state_of(job, plan.out) is State.HALF and earlier.get("num_gpus", num_gpus) != num_gpus
     write_record(file, job, finished=False, num_gpus=None if is_changed else num_gpus)
     seconds, peak_gb = _call(job, plan, machine)
+    missing = [output for output in job.outputs if not output.exists()]
+    if missing:
+        log = _log_of(job, plan)
+        raise JobError(f"{job.name} succeeded but did not write {missing[0]}. Its output is in {log}.")
     peaks = [value for value in (peak_gb, earlier.get("peak_memory_gb")) if value is not None]
     wall_seconds = seconds + earlier.get("wall_seconds", 0.0)
     write_record(file, job, finished=True, wall_seconds=wall_seconds, peak_memory_gb=max(peaks, default=None))
     return f"{seconds:.0f} s"
 
 
+def _log_of(job: Job, plan: Plan) -> Path:
+    return plan.out / "jobs" / f"{job.name}.log"
+
+
 def _call(job: Job, plan: Plan, machine: Machine) -> tuple[float, float | None]:
     """Seconds that the command took, and its peak memory in GB where that is known."""
-    log, environment = plan.out / "jobs" / f"{job.name}.log", environment_of(job, machine)
+    log, environment = _log_of(job, plan), environment_of(job, machine)
     start = time.time()
     code, peak_gb = _run([_expanded(word, environment) for word in job.command], environment, log)
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
         raise JobError(f"{job.name} returned {code}. The end of {log}:\n{tail}")
-    missing = [output for output in job.outputs if not output.exists()]
-    if missing:
-        raise JobError(f"{job.name} succeeded but did not write {missing[0]}. Its output is in {log}.")
     return time.time() - start, peak_gb
 
 

@@ -13,6 +13,7 @@ from nnunet_kd.evaluation.reference import ReferenceDataset
 from nnunet_kd.files import write_json
 from nnunet_kd.leaderboard.definitions import Dataset, Recipe, Splits
 from nnunet_kd.leaderboard.plan import folders_environment, inputs_folder, nnunet_folder
+from nnunet_kd.leaderboard.recipe import raw_source
 from nnunet_kd.leaderboard.yaml_lines import RecipeError
 from nnunet_kd.settings import BLOCK
 
@@ -55,20 +56,6 @@ def prepare_dataset(recipe: Recipe, name: str, out: Path) -> None:
         _link_raw(dataset, raw_source(recipe) / dataset.folder, raw / dataset.folder)
     if dataset.splits is not None:
         _write_splits(dataset, recipe, out)
-
-
-def raw_source(recipe: Recipe) -> Path:
-    """The folder that ``raw`` means.
-
-    Raises:
-        RecipeError: It names a variable that is not set, or no folder.
-    """
-    path = os.path.expandvars(str(recipe.raw))
-    if "$" in path:
-        raise RecipeError(f"'raw' of the recipe is {recipe.raw}, and that variable is not set. Export it.")
-    if not Path(path).expanduser().is_dir():
-        raise RecipeError(f"'raw' of the recipe is {path}, which is no folder. Name the folder of the raw datasets.")
-    return Path(path).expanduser()
 
 
 def link_inputs(recipe: Recipe, name: str, fold: int | None, folder: Path) -> None:

@@ -41,6 +41,7 @@ def read_recipe(path: Path) -> Recipe:
     _check_datasets(recipe, file)
     _check_joints(recipe, file)
     _check_methods(recipe, file)
+    _check_run_names(recipe, file)
     _check_settings(recipe, file)
     _check_metrics(recipe, file)
     _check_reference(recipe, file)
@@ -48,7 +49,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def check_data(recipe: Recipe, path: Path) -> None:
-    """Require that the datasets exist, raw or preprocessed, where the recipe does not bring a raw folder of its own.
+    """Require that the datasets exist: in the recipe's raw folder, else raw or preprocessed.
 
     Args:
         recipe: The recipe.
@@ -57,14 +58,35 @@ def check_data(recipe: Recipe, path: Path) -> None:
     Raises:
         RecipeError: One does not exist.
     """
-    roots = [Path(os.environ[name]) for name in ("nnUNet_raw", "nnUNet_preprocessed") if name in os.environ]
-    for name, dataset in recipe.datasets.items() if recipe.raw is None else ():
+    file = YamlFile(path)
+    if recipe.raw is None:
+        roots = [Path(os.environ[name]) for name in ("nnUNet_raw", "nnUNet_preprocessed") if name in os.environ]
+    else:
+        try:
+            roots = [raw_source(recipe)]
+        except RecipeError as error:
+            raise file.error_at("raw", str(error)) from error
+    for name, dataset in recipe.datasets.items():
         if not any((root / dataset.folder).is_dir() for root in roots):
             searched = " nor in ".join(map(str, roots)) or "nnUNet_raw, which is not set"
-            raise YamlFile(path).error_at(
+            raise file.error_at(
                 f"datasets.{name}",
                 f"{dataset.folder} is not in {searched}. Convert or link it there, or correct the recipe.",
             )
+
+
+def raw_source(recipe: Recipe) -> Path:
+    """The folder that ``raw`` means.
+
+    Raises:
+        RecipeError: It names a variable that is not set, or no folder.
+    """
+    path = os.path.expandvars(str(recipe.raw))
+    if "$" in path:
+        raise RecipeError(f"'raw' of the recipe is {recipe.raw}, and that variable is not set. Export it.")
+    if not Path(path).expanduser().is_dir():
+        raise RecipeError(f"'raw' of the recipe is {path}, which is no folder. Name the folder of the raw datasets.")
+    return Path(path).expanduser()
 
 
 def methods_in_order(recipe: Recipe) -> list[str]:
@@ -132,13 +154,7 @@ def _check_names(recipe: Recipe, file: YamlFile) -> None:
     both = sorted(set(recipe.datasets) & set(recipe.joints))
     if both:
         raise file.error_at(f"joints.{both[0]}", f"'{both[0]}' is a dataset and a joint dataset. Rename one.")
-    for key in ("datasets", "methods", "configurations", "metrics", "folds", "seeds"):
-        values = list(getattr(recipe, key))
-        if not values:
-            raise file.error_at(key, f"'{key}' is empty. Name at least one.")
-        repeated = [value for value in values if values.count(value) > 1]
-        if repeated:
-            raise file.error_at(key, f"'{key}' names {repeated[0]} twice. Leave one.")
+    _check_lists(recipe, file)
     for key in ("folds", "seeds"):
         for index, value in enumerate(getattr(recipe, key)):
             if value < 0:
@@ -148,6 +164,43 @@ def _check_names(recipe: Recipe, file: YamlFile) -> None:
     for where, configurations in lists.items():
         for index, configuration in enumerate(configurations):
             _known(configuration, CONFIGURATIONS, "configuration", f"{where}configurations[{index}]", file)
+
+
+def _check_lists(recipe: Recipe, file: YamlFile) -> None:
+    """Lists name something, and nothing twice; a list that may be left out is null then."""
+    keys = ("datasets", "methods", "configurations", "metrics", "folds", "seeds")
+    lists: dict[str, list[Any] | None] = {key: list(getattr(recipe, key)) for key in keys}
+    for name, dataset in recipe.datasets.items():
+        lists |= {f"datasets.{name}.tasks": [*dataset.tasks], f"datasets.{name}.configurations": dataset.configurations}
+    lists |= {f"joints.{name}.members": joint.members for name, joint in recipe.joints.items()}
+    for name, method in recipe.methods.items():
+        lists |= {f"methods.{name}.datasets": method.datasets, f"methods.{name}.on_joints": method.on_joints or None}
+    for index, reference in enumerate(recipe.reference):
+        where = f"reference[{index}]"
+        lists |= {f"{where}.datasets": reference.datasets, f"{where}.metrics": reference.metrics}
+        lists |= {f"{where}.rows": list(reference.rows)}
+    for where, values in lists.items():
+        if values is None:
+            continue
+        if not values:
+            raise file.error_at(where, f"'{where}' is empty. Name at least one.")
+        repeated = [value for value in values if values.count(value) > 1]
+        if repeated:
+            raise file.error_at(where, f"'{where}' names {repeated[0]} twice. Leave one.")
+
+
+def _check_run_names(recipe: Recipe, file: YamlFile) -> None:
+    """Jobs, logs and records are named DATASET_METHOD, which 'a' and 'b_c', 'a_b' and 'c' share."""
+    first: dict[str, tuple[str, str]] = {}
+    for method, own in recipe.methods.items():
+        for group in own.on_joints or datasets_of(recipe, own):
+            name = f"{group}_{method}"
+            other = first.setdefault(name, (group, method))
+            if other != (group, method):
+                raise file.error_at(
+                    f"methods.{method}",
+                    f"'{method}' on '{group}' and '{other[1]}' on '{other[0]}' are both called '{name}'. Rename one.",
+                )
 
 
 def _check_name(name: str, where: str, file: YamlFile) -> None:
@@ -164,8 +217,6 @@ def _check_datasets(recipe: Recipe, file: YamlFile) -> None:
                 raise file.error_at(f"{where}.{key}", f"The dataset {dataset.id} has another '{key}' elsewhere.")
         if not 1 <= dataset.id <= 999:
             raise file.error_at(f"{where}.id", f"{dataset.id} is no dataset id: nnU-Net's have three digits.")
-        if not dataset.tasks:
-            raise file.error_at(f"{where}.tasks", f"'{where}.tasks' is empty. Leave it out, or name tasks.")
         if dataset.splits is not None and recipe.folds != [0]:
             raise file.error_at(f"{where}.splits", "'splits' make one fold: the recipe's 'folds' must be [0].")
         if not dataset.validation and not dataset.tests:

@@ -39,15 +39,15 @@ HOW = (
 def write_report(collected: Collected) -> Path:
     """Write all files and return their folder.
 
-    ``leaderboard.md``, ``leaderboard.csv`` (full precision), ``leaderboard.tex``, ``index.html``, and ``runs.csv``:
-    every run's value with the folders of its predictions and of its scores per case.
+    ``leaderboard.md``, ``leaderboard.csv`` (full precision; rows of papers have a ``source``), ``leaderboard.tex``,
+    ``index.html``, and ``runs.csv``: every run's value with the folders of its predictions and of its scores per case.
     """
     folder = collected.plan.out / "table"
     folder.mkdir(parents=True, exist_ok=True)
     tables, costs, reference = metric_tables(collected), cost_table(collected), reference_table(collected)
     _write(folder / "leaderboard.md", _markdown(collected, tables, costs, reference))
-    _write(folder / "leaderboard.tex", _latex(tables, costs))
-    _write(folder / "leaderboard.csv", all_rows(tables, costs).to_csv(index=False))
+    _write(folder / "leaderboard.tex", _latex(tables, costs, reference))
+    _write(folder / "leaderboard.csv", _csv(tables, costs, reference))
     runs = [own.runs.assign(metric=own.name) for own in tables]
     _write(folder / "runs.csv", pd.concat(runs).to_csv(index=False) if runs else "")
     _write(folder / "index.html", _page(collected, tables, costs, reference).render())
@@ -98,10 +98,25 @@ def _markdown(collected: Collected, tables: Sequence[MetricTable], costs: pd.Dat
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _latex(tables: Sequence[MetricTable], costs: pd.DataFrame) -> str:
+def _latex(tables: Sequence[MetricTable], costs: pd.DataFrame, reference: pd.DataFrame) -> str:
     parts = [latex_table(*table.cells(), caption=table.metric.title) for table in tables]
     parts += [latex_table(*cost_cells(costs), caption="Costs")] if len(costs) else []
+    if len(reference):
+        sources = _sources(reference)
+        numbered = "; ".join(f"[{number}] {source}" for number, source in enumerate(sources, start=1))
+        parts.append(latex_table(*reference_cells(reference, sources), caption=f"Rows of papers: {numbered}"))
     return "% needs \\usepackage{booktabs,adjustbox}\n" + "\n".join(parts)
+
+
+def _csv(tables: Sequence[MetricTable], costs: pd.DataFrame, reference: pd.DataFrame) -> str:
+    rows = all_rows(tables, costs)
+    published = reference.dropna(subset="value").rename(columns={"value": "mean"})
+    if not len(published):
+        return rows.to_csv(index=False)
+    columns = list(dict.fromkeys([*rows.columns, *published.columns]))
+    # as one table, counts would be no whole numbers
+    parts = [own.reindex(columns=columns) for own in (rows, published)]
+    return parts[0].to_csv(index=False) + parts[1].to_csv(index=False, header=False)
 
 
 def _page(collected: Collected, tables: Sequence[MetricTable], costs: pd.DataFrame, reference: pd.DataFrame) -> Page:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from types import FrameType
 
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.leaderboard.execute import ELSEWHERE, check_conflicts, end_all, execute
@@ -14,12 +17,28 @@ from nnunet_kd.leaderboard.record import State, state_of
 
 @contextmanager
 def _ending_commands() -> Iterator[None]:
-    """What is interrupted ends its commands too: they resume when the plan is run again."""
+    """What is interrupted ends its commands too: they resume when the plan is run again.
+
+    Commands have sessions of their own, so that the end of this process or of its terminal would not reach them, and
+    the next run would start a second training in the same folder.
+    """
+    in_main = threading.current_thread() is threading.main_thread()  # no other can set handlers
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if in_main and hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores SIGHUP
+    for number in numbers:
+        signal.signal(number, _exit)
     try:
         yield
     except BaseException:
         end_all()
         raise
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def run_plan(plan: Plan, machine: Machine, workers: int, say: Callable[[str], None] = print) -> None:

@@ -15,6 +15,7 @@ from nnunet_kd.evaluation.ranks import Ranking, rank_methods
 from nnunet_kd.evaluation.table import summarize, to_cells, with_empty_predictions
 from nnunet_kd.leaderboard.collect import NO_LEAK, PLACE, Collected, method_title, nan_if_none, run_values
 from nnunet_kd.leaderboard.metrics import METRICS, Metric
+from nnunet_kd.leaderboard.plan import TASK_FILES
 
 HOURS = {"cuda": "GPU hours", "cpu": "CPU hours", "mps": "MPS hours"}
 
@@ -27,7 +28,8 @@ class MetricTable:
         name: As in the recipe.
         metric: What it is.
         table: As ``evaluation.table.summarize`` has it, with ``num_planned``, ``average_rank`` and ``leakage``.
-        runs: A row per run with ``value``, ``num_cases``, ``folder`` and ``scores``.
+        runs: A row per run with ``value``, ``num_cases``, ``folder`` and ``scores`` (of classes and boxes, what was
+            predicted of every case).
         values: A row per case and method (per run for classes and boxes): ``dataset``, ``method``, ``unit``, ``value``.
         ranking: Over the datasets.
     """
@@ -119,10 +121,12 @@ def _task_tables(collected: Collected, kind: str, control: str) -> dict[str, tup
         for metric, value in run.scoring(np.ones((1, len(run.cases)))).items():
             place = dict(zip(PLACE, (run.dataset, run.method, *run.run), strict=True))
             runs.setdefault(metric, []).append({**place, "value": float(value[0]), "num_cases": len(run.cases)})
+    files = [str(Path(folder) / TASK_FILES[kind]) for folder in collected.runs["folder"]]
+    places = collected.runs.assign(scores=files)
     return {
         metric: (
             table if shown == control else _without_comparison(table),
-            pd.DataFrame(runs[metric]).merge(collected.runs, on=list(PLACE)),
+            pd.DataFrame(runs[metric]).merge(places, on=list(PLACE)),
         )
         for metric, table in tables.items()
     }
@@ -137,10 +141,10 @@ def _ranking(table: pd.DataFrame, metric: Metric) -> Ranking:
 
 def _leakage(runs: pd.DataFrame, dataset: str, method: str) -> str:
     own = runs[(runs["dataset"] == dataset) & (runs["method"] == method)]
-    leaking = own[own["leakage"] != NO_LEAK]
-    if not len(leaking):
+    notes = [note for note in own["leakage"] if note != NO_LEAK]
+    if not notes:
         return NO_LEAK
-    return f"{len(leaking)} of {len(own)} runs: {leaking['leakage'].iloc[0]}"
+    return f"{len(notes)} of {len(own)} runs: {' / '.join(dict.fromkeys(notes))}"
 
 
 def cost_table(collected: Collected) -> pd.DataFrame:

@@ -63,7 +63,7 @@ def parse_as(expected: Any, value: Any, where: str) -> Any:
         for own in dataclasses.fields(expected):
             is_required = own.default is dataclasses.MISSING and own.default_factory is dataclasses.MISSING
             if is_required and own.name not in value:
-                raise SettingsError(f"'{where or own.name}' lacks '{own.name}'.")
+                raise SettingsError(f"'{where}' lacks '{own.name}'." if where else f"'{own.name}' is missing.")
         return expected(**{key: parse_as(types_of[key], item, _join(where, key)) for key, item in value.items()})
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:

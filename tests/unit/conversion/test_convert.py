@@ -320,6 +320,12 @@ def test_a_download_that_shrank_since_the_kill_is_refused(fails, lits: Path, raw
     assert "has changed since the conversion was begun: lits_000 is no longer there" in fails("LiTS", lits)
 
 
+def test_an_output_that_is_no_folder(lits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["LiTS", "-i", str(lits), "-o", str(lits / "volume-0.nii"), "--disable_progress_bar"])
+    assert "cannot be made" in capsys.readouterr().err
+
+
 def test_two_copies_of_a_case_are_refused(fails, lits: Path) -> None:
     (lits / "copy").mkdir()
     for name in ("volume-0.nii", "segmentation-0.nii"):

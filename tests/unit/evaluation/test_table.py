@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from nnunet_kd.errors import NnUNetKDError
-from nnunet_kd.evaluation.table import summarize, to_markdown, write_table
+from nnunet_kd.evaluation.table import markdown_table, summarize, to_markdown, write_table
 
 NAN = float("nan")
 
@@ -212,3 +212,7 @@ def test_files_hold_the_same_numbers(tmp_path: Path) -> None:
     markdown, comma_separated = write_table(table, tmp_path / "new")
     assert markdown.read_text().strip() == to_markdown(table)
     assert pd.read_csv(comma_separated)["mean"].tolist() == pytest.approx([0.6, 0.75])
+
+
+def test_a_bar_in_a_title_makes_no_column() -> None:
+    assert markdown_table(["a|b"], [["c"]]) == "| a\\|b |\n| ---- |\n| c    |"

@@ -243,8 +243,12 @@ reference:
     table = reference_table(collected)
     assert table["value"].tolist()[:2] == [0.9, 3.5]
     assert table["value"].isna().tolist() == [False, False, True, True]
-    text = (write_report(collected) / "leaderboard.md").read_text()
+    folder = write_report(collected)
+    text = (folder / "leaderboard.md").read_text()
     assert "[1] Doe 2020, table 3" in text
+    assert r"\caption{Rows of papers: [1] Doe 2020, table 3}" in (folder / "leaderboard.tex").read_text()
+    rows = pd.read_csv(folder / "leaderboard.csv")[["metric", "method", "mean", "source"]].to_numpy().tolist()
+    assert rows == [["dice", "Doe", 0.9, "Doe 2020, table 3"], ["hd95", "Doe", 3.5, "Doe 2020, table 3"]]
     assert "- a_control_2d_f0_s3: missing" in text
     with pytest.raises(RecipeError, match="lacks 'source'"):
         make_small_plan(text=recipe_text + reference.replace("source: Doe 2020, table 3\n    ", ""))
@@ -274,3 +278,15 @@ def test_a_class_that_only_the_control_predicted_counts_alike_in_table_and_runs(
     assert (line["mean"], run["value"]) == (pytest.approx(0.9), pytest.approx(0.9))
     shown = table.values[table.values["method"] == "student"].set_index("unit")["value"]
     assert shown["a1"] == 1.0
+
+
+def test_the_table_hides_no_leak_behind_what_is_unknown(finished: Plan) -> None:
+    control = [run for run in finished.runs if run.method == "control" and run.group == "a"]
+    seen = {control[0].name: {}, control[1].name: {"Dataset001_Alpha": ["a00", "a01"]}}
+    for job in finished.jobs:
+        if job.run is not None and job.run.group == "a":
+            cases = seen.get(job.run.name, {"Dataset001_Alpha": ["x"]})
+            write_record(record_file(job, finished.out), job, costs={"training_cases": cases})
+    table = metric_tables(collect(finished))[0].table.set_index(["dataset", "method"])
+    assert table.loc[("a", "control"), "leakage"] == "2 of 4 runs: unknown / labels of 2 cases seen"
+    assert table.loc[("a", "student"), "leakage"] == "none"

@@ -45,6 +45,10 @@ def read(folder: Path, text: str) -> None:
         ("{dataset: b, cases: validation}", "{images: imagesTs}", 4, "folders of 'images' and 'labels'"),
         ("metrics: [dice, hd95]", "metrics: [dice, auroc]", 17, "No dataset has the task of 'auroc'"),
         ("metrics: [dice, hd95]", "metrics: [dice_percent]", 4, "needs the 'grid' of the protocol"),
+        ("metrics: [dice, hd95]", "metrics: []", 17, "'metrics' is empty"),
+        ("  b: {id: 2, name: Beta}", "  b: {id: 2, name: Beta, configurations: []}", 5, "configurations' is empty"),
+        ("members: [a, b]", "members: [a, a]", 7, "'joints.both.members' names a twice"),
+        ("control: {", "control: {datasets: [], ", 14, "'methods.control.datasets' is empty"),
         ("nnUNetTrainerKDTeacher, ", "nnUNetTrainerKDTeacher, teachers: {x: student}, ", 13,
          "teach each other in a circle"),
     ],
@@ -69,6 +73,15 @@ def test_a_wrong_setting_is_found_in_the_method_that_has_it(tmp_path: Path, reci
     with pytest.raises(RecipeError, match=r"line 19: 'terms\[1\].temperature' is -1"):
         read(tmp_path, text)
     read(tmp_path, text.replace("temperature: -1", "temperature: 1"))
+
+
+def test_trainings_have_names_of_their_own(tmp_path: Path, recipe_text: str) -> None:
+    text = recipe_text.replace("  b: {id: 2, name: Beta}", "  b: {id: 2, name: Beta}\n  a_b: {id: 3, name: C}")
+    text = text.replace("{joint: teacher}", "{joint: teacher}, datasets: [a, b]")
+    text = text.replace("control: {trainer", "b_control: {trainer: nnUNetTrainerKDControl}\n  control: {trainer", 1)
+    with pytest.raises(RecipeError, match="line 16: 'control' on 'a_b' and 'b_control' on 'a' are both called"):
+        read(tmp_path, text)
+    read(tmp_path, text.replace("b_control: {", "b_control: {datasets: [b], "))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +121,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         read(tmp_path, "[1, 2]")
     with pytest.raises(RecipeError, match="not valid YAML"):
         read(tmp_path, "name: [1")
-    with pytest.raises(RecipeError, match="lacks 'datasets'"):
+    with pytest.raises(RecipeError, match="'datasets' is missing"):
         read(tmp_path, "name: x")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -78,6 +81,20 @@ def test_a_job_that_another_process_runs_is_left_to_it(plan_of: Callable[..., Pl
     assert execute(job, plan, Machine()) == "done before"
 
 
+def test_other_nodes_leave_outputs_to_the_main_one_and_repeat_nothing(
+    plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    calls, output = tmp_path / "calls", tmp_path / "written_by_the_main_node"
+    job = shell("a", f"echo . >> {calls}", outputs=(output,))
+    plan = plan_of(job)
+    (plan.out / "jobs").mkdir(parents=True)
+    assert execute(job, plan, Machine(), is_main=False).endswith(" s")
+    output.touch()
+    execute(job, plan, Machine())
+    assert execute(job, plan, Machine(), is_main=False) == "done before"
+    assert calls.read_text().split() == [".", "."]
+
+
 def test_interrupted_commands_end_with_their_workers(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
     beats = tmp_path / "beats"
     job = shell("long", f"sh -c 'while true; do echo . >> {beats}; sleep 0.02; done' & wait")
@@ -101,6 +118,24 @@ def test_interrupted_commands_end_with_their_workers(plan_of: Callable[..., Plan
     assert beats.stat().st_size == count
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_leaderboard_that_is_ended_ends_its_commands(
+    plan_of: Callable[..., Plan], tmp_path: Path, number: signal.Signals
+) -> None:
+    beats = tmp_path / "beats"
+    plan = plan_of(shell("long", f"while true; do echo . >> {beats}; sleep 0.02; done"))
+    process = multiprocessing.get_context("fork").Process(target=run_plan, args=(plan, Machine(), 1))
+    process.start()
+    while not beats.is_file():
+        time.sleep(0.01)
+    os.kill(process.pid or 0, number)
+    process.join(10)
+    assert process.exitcode == 128 + number
+    count = beats.stat().st_size
+    time.sleep(0.3)
+    assert beats.stat().st_size == count
+
+
 def test_a_missing_command_is_named(plan_of: Callable[..., Plan]) -> None:
     with pytest.raises(NnUNetKDError, match="nnUNetv2_nothing is not on the PATH"):
         run_plan(plan_of(Job("a", ("nnUNetv2_nothing",))), Machine(), 1, lambda _: None)
@@ -115,4 +150,18 @@ def test_datasets_must_exist_to_run(make_small_plan: MakePlan, tmp_path: Path, m
     with pytest.raises(RecipeError, match=r"line 5: Dataset002_Beta is not in"):
         check_data(plan.recipe, file)
     (tmp_path / "Dataset002_Beta").mkdir()
+    check_data(plan.recipe, file)
+
+
+def test_datasets_must_be_in_the_raw_folder_of_the_recipe(
+    make_small_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, file = make_small_plan(("name: small", "name: small\nraw: $SOMEWHERE")), tmp_path / "recipe.yaml"
+    with pytest.raises(RecipeError, match=r"line 2: 'raw' of the recipe is \$SOMEWHERE, and that variable is not set"):
+        check_data(plan.recipe, file)
+    monkeypatch.setenv("SOMEWHERE", str(tmp_path / "raw"))
+    (tmp_path / "raw" / "Dataset001_Alpha").mkdir(parents=True)
+    with pytest.raises(RecipeError, match=r"line 6: Dataset002_Beta is not in .*raw\."):
+        check_data(plan.recipe, file)
+    (tmp_path / "raw" / "Dataset002_Beta").mkdir()
     check_data(plan.recipe, file)

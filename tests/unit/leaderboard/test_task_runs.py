@@ -102,6 +102,9 @@ def test_classes_and_boxes_are_compared_run_by_run(finished: Plan) -> None:
     own = precision.table.set_index("method")
     assert own.loc["control", "mean"] == pytest.approx(1)
     assert own.loc["student", "mean"] == pytest.approx(0.5, abs=0.01)
+    for shown, name in ((auroc, "classification.csv"), (precision, "boxes.json")):
+        files = [Path(file) for file in shown.runs["scores"]]
+        assert all(file.is_file() and file.name == name for file in files)
     header, cells = auroc.cells()
     assert dict(zip(header, cells[0], strict=True))["runs"] == "2 of 2"
 
