@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -52,7 +52,7 @@ def execute(job: Job, plan: Plan, machine: Machine, *, is_main: bool = True) -> 
     if not is_main:  # the others would wait for a main node that has nothing to do
         if _refuse_or_finished(job, plan.out):
             return DONE
-        seconds, _ = _call(job, plan, machine)
+        seconds, _ = _call(job, plan, machine, alone=False)
         return f"{seconds:.0f} s"
     locks = plan.out / "jobs"
     locks.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def _call_and_record(job: Job, plan: Plan, machine: Machine) -> str:
     num_gpus = machine.num_gpus * machine.nodes
     is_changed = state_of(job, plan.out) is State.HALF and earlier.get("num_gpus", num_gpus) != num_gpus
     write_record(file, job, finished=False, num_gpus=None if is_changed else num_gpus)
-    seconds, peak_gb = _call(job, plan, machine)
+    seconds, peak_gb = _call(job, plan, machine, alone=machine.nodes == 1)
     missing = [output for output in job.outputs if not output.exists()]
     if missing:
         log = _log_of(job, plan)
@@ -177,11 +177,11 @@ def _log_of(job: Job, plan: Plan) -> Path:
     return plan.out / "jobs" / f"{job.name}.log"
 
 
-def _call(job: Job, plan: Plan, machine: Machine) -> tuple[float, float | None]:
-    """Seconds that the command took, and its peak memory in GB where that is known."""
+def _call(job: Job, plan: Plan, machine: Machine, alone: bool) -> tuple[float, float | None]:
+    """Seconds that the command took, and its peak memory in GB where that is known; ``alone``: on one node."""
     log, environment = _log_of(job, plan), environment_of(job, machine)
     start = time.time()
-    code, peak_gb = _run([_expanded(word, environment) for word in job.command], environment, log)
+    code, peak_gb = _run([_expanded(word, environment) for word in job.command], environment, log, alone)
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
         raise JobError(f"{job.name} returned {code}. The end of {log}:\n{tail}")
@@ -193,9 +193,29 @@ def _expanded(word: str, environment: Mapping[str, str]) -> str:
     return re.sub(r"\$(\w+)", lambda found: environment.get(found[1], found[0]), word)
 
 
-def _run(words: list[str], environment: Mapping[str, str], log: Path) -> tuple[int, float | None]:
+def _lock(log: IO[str]) -> None:
+    """Lock the log for this process and the command that inherits it, which may outlive this process (kill -9).
+
+    Raises:
+        Timeout: Such a command still runs.
+    """
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Timeout(log.name) from error
+    except OSError:  # a file system without locks
+        return
+
+
+def _run(words: list[str], environment: Mapping[str, str], log: Path, alone: bool) -> tuple[int, float | None]:
     """Return code, and the largest resident memory of the process or one of its workers in GB where it is known."""
     with log.open("a") as stream:
+        if alone:
+            _lock(stream)
         try:
             process = subprocess.Popen(
                 words,

@@ -10,7 +10,8 @@ SPECIAL |= {letter: f"\\{letter}" for letter in "&%$#_{}"}
 
 def escape(text: str) -> str:
     """A text in which LaTeX finds no commands."""
-    return "".join(SPECIAL.get(letter, letter) for letter in text)
+    escaped = "".join(SPECIAL.get(letter, letter) for letter in text)
+    return f"{{}}{escaped}" if escaped.startswith("[") else escaped  # after a line break, [ begins an argument
 
 
 def latex_table(header: Sequence[str], body: Sequence[Sequence[str]], caption: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from nnunet_kd.settings import merge, parse_as, parse_settings
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 SEED = "$seed"
+NUM_FOLDS = 5  # of the splits that nnU-Net makes
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -73,6 +75,14 @@ def check_data(recipe: Recipe, path: Path) -> None:
                 f"datasets.{name}",
                 f"{dataset.folder} is not in {searched}. Convert or link it there, or correct the recipe.",
             )
+        own = [root / dataset.folder / "splits_final.json" for root in roots]
+        splits = next((json.loads(path.read_text()) for path in own if path.is_file()), None)
+        number = NUM_FOLDS if splits is None or dataset.splits is not None else len(splits)
+        for index, fold in enumerate(recipe.folds):
+            if fold >= number:  # nnU-Net would divide the cases at random
+                raise file.error_at(
+                    f"folds[{index}]", f"{dataset.folder} has the folds 0 to {number - 1}, not {fold}. Correct 'folds'."
+                )
 
 
 def raw_source(recipe: Recipe) -> Path:

@@ -54,6 +54,8 @@ def validate_tasks(trainer: Any, wanted: Sequence[str], cases: Sequence[str], fo
     )
     probabilities, boxes = {}, {}
     for case in own:
+        if not trainer.tasks.segmentation:  # else stock nnU-Net has said so, and its times are those of a case
+            trainer.print_to_log_file(f"predicting {case}")
         image, _, before, properties = data.load_case(case)
         array = np.array(image[:])
         if trainer.is_cascaded:
@@ -63,6 +65,8 @@ def validate_tasks(trainer: Any, wanted: Sequence[str], cases: Sequence[str], fo
         probabilities[case] = prediction.probabilities
         if prediction.boxes is not None:
             boxes[case] = _in_stored_image(prediction.boxes, properties, trainer, image.shape[1:])
+    if not trainer.tasks.segmentation:
+        trainer.print_to_log_file("Validation complete")
     if trainer.is_ddp:
         gathered: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(gathered, (probabilities, boxes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +151,9 @@ def test_classes_alone_need_no_segmentation(planned: Any) -> None:
     checkpoint = torch.load(validation.parent / "checkpoint_final.pth", weights_only=False)
     network = checkpoint["network_weights"]
     assert any(key.startswith("heads.classification") for key in network)
+    (log,) = validation.parent.glob("training_log_*.txt")
+    cases = read(planned.preprocessed / CLASSES / "splits_final.json")[0]["val"]
+    assert re.findall(r"predicting (\S+)", log.read_text()) == cases  # which also times them for leaderboards
 
 
 def test_volumes(planned: Any) -> None:

@@ -65,6 +65,7 @@ def test_pages_show_texts_as_they_are() -> None:
 
 
 def test_latex_texts_hold_no_commands() -> None:
+    assert escape("[1] a") == "{}[1] a"
     assert escape(r"50% a_b & {c} \d <0.001 ~^") == (
         r"50\% a\_b \& \{c\} \textbackslash{}d $<$0.001 \textasciitilde{}\textasciicircum{}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -81,6 +82,27 @@ def test_a_job_that_another_process_runs_is_left_to_it(plan_of: Callable[..., Pl
     assert execute(job, plan, Machine()) == "done before"
 
 
+def test_a_command_that_outlives_its_executor_is_not_started_again(
+    plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    started = tmp_path / "started"
+    job = shell("long", f"echo $$ >> {started}; exec sleep 60")
+    plan = plan_of(job)
+    executor = multiprocessing.get_context("fork").Process(target=execute, args=(job, plan, Machine()))
+    executor.start()
+    while not started.is_file() or not started.read_text().endswith("\n"):
+        time.sleep(0.01)
+    executor.kill()
+    executor.join()
+    assert execute(job, plan, Machine()) == "runs elsewhere"
+    os.kill(int(started.read_text()), signal.SIGKILL)
+    end = replace(job, command=("true",))
+    deadline = time.monotonic() + 10
+    while (result := execute(end, plan, Machine())) == "runs elsewhere" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert result.endswith(" s")
+
+
 def test_other_nodes_leave_outputs_to_the_main_one_and_repeat_nothing(
     plan_of: Callable[..., Plan], tmp_path: Path
 ) -> None:
@@ -151,6 +173,12 @@ def test_datasets_must_exist_to_run(make_small_plan: MakePlan, tmp_path: Path, m
         check_data(plan.recipe, file)
     (tmp_path / "Dataset002_Beta").mkdir()
     check_data(plan.recipe, file)
+    seven = make_small_plan(("folds: [0, 1]", "folds: [0, 7]"))  # nnU-Net would divide the cases at random
+    with pytest.raises(RecipeError, match=r"line \d+: Dataset001_Alpha has the folds 0 to 4, not 7"):
+        check_data(seven.recipe, file)
+    for name in ("Dataset001_Alpha", "Dataset002_Beta"):
+        (tmp_path / name / "splits_final.json").write_text(json.dumps([{}] * 8))
+    check_data(seven.recipe, file)
 
 
 def test_datasets_must_be_in_the_raw_folder_of_the_recipe(
