@@ -17,6 +17,7 @@ from nnunet_kd.settings import Foundation
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULT_MODEL = "vit_small_patch16_dinov3"
 READ_BYTES = 1 << 20
+SEED = 0  # of random weights: the same network in every process, and when a training goes on
 CNN_MULTIPLE = 32  # stride of the last features of timm's convolutional networks
 
 
@@ -65,6 +66,7 @@ def build_foundation(name: str, settings: Foundation) -> FoundationModel:
         TeacherError: An unknown name, no weights to be had, or a file that is not what it should be.
     """
     with torch.random.fork_rng(devices=[]):  # a student starts from the weights of its control
+        torch.default_generator.manual_seed(SEED)  # that of the CPU alone, which is put back
         is_own = ":" in name and "/" not in name  # not a name on a hub, hf_hub:timm/...
         model = _own_module(name, settings) if is_own else _timm_model(name, settings)
     model.network.eval().requires_grad_(False)

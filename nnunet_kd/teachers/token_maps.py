@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from nnunet_kd.teachers.slices import Slices
 
 FOLDER = "nnunet_kd_tokens"
 TOKENS, TOKEN_SLICES = "tokens", "token_slices"  # keys of a batch
-INDEX = "index.json"
 SLICES_AT_ONCE = 8
 
 
@@ -49,19 +49,19 @@ class TokenMaps:
         self.shapes: dict[str, list[int]] = {}
 
     def fill(self, sources: Mapping[str, tuple[Any, Sequence[Path]]], tokens_of: Callable[[Tensor], Tensor]) -> None:
-        """Compute the maps that are missing or older than their case; of several processes, one does.
+        """Compute the maps that are missing or of another state of their case; of several processes, one does.
 
         Args:
             sources: Case to the dataset that loads it and its preprocessed files.
             tokens_of: Slices [N, 1, H, W] of a case to tokens [N, C, h, w].
         """
         several = distributed.is_available() and distributed.is_initialized()
-        if not several or distributed.get_rank() == 0:
+        if several and distributed.get_rank() > 0:
+            while self._missing(sources):  # a barrier would run into its timeout
+                time.sleep(1)
+        else:
             self._fill(sources, tokens_of)
-        if several:
-            distributed.barrier()
-        index = self._index()
-        self.shapes = {case: index[case]["shape"] for case in sources}
+        self.shapes = {case: self._entry(case)["shape"] for case in sources}
 
     def __call__(self, cases: Sequence[str], matrices: Tensor, patch: Sequence[int]) -> dict[str, Tensor]:
         """Tokens of patches.
@@ -110,20 +110,22 @@ class TokenMaps:
 
     def _fill(self, sources: Mapping[str, tuple[Any, Sequence[Path]]], tokens_of: Callable[[Tensor], Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        index = self._index()
-        states = {case: _state(files) for case, (_, files) in sources.items()}
-        missing = [case for case in sources if index.get(case, {}).get("state") != states[case]]
-        for case in tqdm(missing, desc="Token maps of whole cases", disable=not missing):
+        missing = self._missing(sources)
+        for case, state in tqdm(missing.items(), desc="Token maps of whole cases", disable=not missing):
             image = torch.from_numpy(np.asarray(sources[case][0].load_case(case)[0][:1]))
             slices = image.movedim((self.axis or 0) + 1, 0)  # [N, 1, H, W]
             parts = [tokens_of(part).permute(0, 2, 3, 1).cpu().half() for part in slices.split(SLICES_AT_ONCE)]
             with replacing(self.folder / f"{case}.npy") as temporary, temporary.open("wb") as stream:
                 np.save(stream, torch.cat(parts).numpy())
-            index[case] = {"shape": list(image.shape[1:]), "state": states[case]}
-            write_json(self.folder / INDEX, index)
+            write_json(self.folder / f"{case}.json", {"shape": list(image.shape[1:]), "state": state})
 
-    def _index(self) -> dict[str, Any]:
-        file = self.folder / INDEX
+    def _missing(self, sources: Mapping[str, tuple[Any, Sequence[Path]]]) -> dict[str, str]:
+        """Case to the state of its files, where the map is not of that state."""
+        states = {case: _state(files) for case, (_, files) in sources.items()}
+        return {case: state for case, state in states.items() if self._entry(case).get("state") != state}
+
+    def _entry(self, case: str) -> dict[str, Any]:
+        file = self.folder / f"{case}.json"
         content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
         return content
 

@@ -207,3 +207,13 @@ def test_building_draws_no_random_numbers() -> None:
 def test_bad_models(name: str, message: str) -> None:
     with pytest.raises(TeacherError, match=message):
         build_foundation(name, Foundation(pretrained=False))
+
+
+def test_random_weights_are_the_same_in_every_process() -> None:
+    weights = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        network = build_foundation("test_vit", Foundation(pretrained=False)).network
+        weights.append(torch.cat([value.flatten() for value in network.state_dict().values()]))
+        assert torch.initial_seed() == seed  # nothing else is seeded anew
+    assert torch.equal(*weights)
