@@ -120,7 +120,7 @@ class FoundationTeacher(BatchTeacher):
             sources: Case to the dataset that loads it and its preprocessed files.
             folder: Of the dataset in nnUNet_preprocessed; the maps have a folder in it for every model and size.
         """
-        patch = [*self.student.configuration_manager.patch_size]
+        patch = self.student.configuration_manager.patch_size
         plane = patch if self.axis is None else [side for axis, side in enumerate(patch) if axis != self.axis]
         size, multiple = self.settings.foundation.size, self.model.multiple
         scale = size / max(plane)
@@ -130,8 +130,8 @@ class FoundationTeacher(BatchTeacher):
             larger = [max(1, round(side * scale / multiple)) * multiple for side in slices.shape[2:]]
             return self._tokens_of(slices, larger, cpu_has_bf16() and self.settings.precision == "auto")
 
-        seen = [str(self.model.note), self._digest(), size, scale, self.axis, self.range.limits]
-        seen.append(self.student.configuration_manager.data_identifier)
+        data = self.student.configuration_manager.data_identifier
+        seen = [self.model.note, self._digest(), size, scale, self.axis, self.range.limits, data]
         name = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
         grid_of = partial(grid_size, size=size, multiple=multiple)
         maps = TokenMaps(folder / FOLDER / name, self.axis, self.settings.foundation.slices, grid_of)
