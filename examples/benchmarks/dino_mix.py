@@ -1,7 +1,8 @@
 """Semi-supervised training (DINO-Mix) on real data and on the synthetic organs of the demo.
 
 A few training cases keep their labels, the others are unlabelled. The control is trained on the labelled ones alone,
-with the same plans, budget, fold and seed. Mean teacher is DINO-Mix without its two contributions; "+ PIC" adds the
+with the same plans, budget, fold and seed; its batch is twice their labelled part, so that there is a second control
+with as many labelled patches as they have. Mean teacher is DINO-Mix without its two contributions; "+ PIC" adds the
 progressive imbalance-aware CutMix, "+ FKD" the foundation teacher, "DINO-Mix" has both. Without --foundation the
 foundation teacher is a vision transformer with RANDOM weights. Dice of the validation cases is computed on the
 preprocessed grid without mirroring; the tail class is the one with the fewest voxels in the dataset. Where a CPU is
@@ -36,13 +37,15 @@ CONFIGURATION = {HIPPOCAMPUS: "3d_fullres", NODULE: "3d_fullres", LIVER: "2d", O
 TASKS = {"301@3": HIPPOCAMPUS, "301@10": HIPPOCAMPUS, "322@5": LIVER, "302@5": NODULE, "974@10": ORGANS}
 METHODS: dict[str, dict[str, bool] | None] = {
     "control": None,
+    "control_half": None,
     "mean_teacher": {"cutmix": False, "foundation": False},
     "pic": {"cutmix": True, "foundation": False},
     "fkd": {"cutmix": False, "foundation": True},
     "full": {"cutmix": True, "foundation": True},
 }
 NAMES = {"control": "control (labelled only)", "mean_teacher": "mean teacher", "pic": "+ PIC", "fkd": "+ FKD"}
-NAMES["full"] = "DINO-Mix"
+NAMES |= {"full": "DINO-Mix", "control_half": "control, as many labelled patches"}
+DECAY = 0.99  # of the moving average: these trainings are shorter than the 1,000 steps that the default looks back
 NUM_TIMED, NUM_WARM = 9, 2
 
 
@@ -88,7 +91,7 @@ def settings_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         return {"training": training, "labeled": labeled}
     weights = {"pretrained": False} if args.foundation is None else {"weights": str(args.foundation)}
     foundation = {**weights, "size": args.foundation_size, "cache": args.cache}
-    teachers = {"foundation": {"foundation": foundation}}
+    teachers = {"foundation": {"foundation": foundation}, "ema": {"decay": DECAY}}
     return {"training": training, "labeled": labeled, "dino_mix": parts, "teachers": teachers}
 
 
@@ -99,7 +102,7 @@ def make_trainer(run: Run, args: argparse.Namespace) -> Any:
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     os.environ["nnUNetKD_settings"] = json.dumps(settings_of(run, args))
-    name = "nnUNetTrainerKDControl" if run.kind == "control" else "nnUNetTrainerDINOMix"
+    name = "nnUNetTrainerDINOMix" if METHODS[run.kind] else "nnUNetTrainerKDControl"
     configuration = args.c or CONFIGURATION[run.dataset]
     return get_trainer_from_args(run.dataset, configuration, run.fold, name, SMALL_PLANS, False, torch.device("cpu"))
 
@@ -107,6 +110,9 @@ def make_trainer(run: Run, args: argparse.Namespace) -> Any:
 def train_and_test(root: Path, run: Run, args: argparse.Namespace) -> None:
     """Train, test on the validation cases, write per-case rows."""
     trainer = make_trainer(run, args)
+    trainer.initialize()
+    if run.kind == "control_half":
+        trainer.batch_size //= 2
     trainer.run_training()
     rows = real_data.test(trainer, run.dataset, run.dataset)
     labeled, (training, validation) = trainer.do_split()[0], trainer.fold_split()
@@ -132,7 +138,7 @@ def tail_class(trainer: Any, cases: list[str]) -> str:
 
 
 def collect(root: Path, tasks: list[str], folds: list[int], seeds: list[int]) -> None:
-    """One table: all classes of a dataset together, then each class."""
+    """Tables against either control: all classes of a dataset together, then each class."""
     import pandas as pd
 
     from nnunet_kd.evaluation.table import summarize, to_markdown, write_table
@@ -157,9 +163,12 @@ def collect(root: Path, tasks: list[str], folds: list[int], seeds: list[int]) ->
         return
     frame = pd.DataFrame(rows).sort_values("dataset", kind="stable")
     frame.to_csv(root / "dino_mix_cases.csv", index=False)
-    table = summarize(frame, NAMES["control"])
-    write_table(table, root, "dino_mix")
-    print(to_markdown(table))
+    for control, other, name in (("control", "control_half", "dino_mix"), ("control_half", "control", "dino_mix_half")):
+        compared = frame[frame["method"] != NAMES[other]]
+        if NAMES[control] in set(compared["method"]):
+            table = summarize(compared, NAMES[control])
+            write_table(table, root, name)
+            print(to_markdown(table))
 
 
 def measure_costs(task: str, args: argparse.Namespace) -> None:
@@ -168,7 +177,7 @@ def measure_costs(task: str, args: argparse.Namespace) -> None:
     One control has the batch of the plans, the other as many patches as the method. Methods with the foundation teacher
     are also measured with token maps of whole cases on disk.
     """
-    made = {method: make_trainer(run_of(task, method, 0, 0), args) for method in METHODS}
+    made = {method: make_trainer(run_of(task, method, 0, 0), args) for method in METHODS if method != "control_half"}
     args.cache = True
     cached = {f"{method}, cache": make_trainer(run_of(task, method, 0, 0), args) for method in ("fkd", "full")}
     made |= cached

@@ -102,8 +102,9 @@ class DinoMix:
     """Semi-supervised training with a foundation teacher (DINO-Mix), see ``training/dino_mix.py``.
 
     ``consistency``, ``cutmix``, ``foundation``: switch its parts on and off. ``unlabeled_per_batch``: null is half of
-    the plans' batch. ``mixes``: mixed patches per batch; null is as many as unlabelled ones. ``curriculum``: how the
-    class of a mix is drawn, from the tail to all alike until ``curriculum_end`` (fraction of the training, raised to
+    the plans' batch. ``unsupervised_weight``: of the terms on unlabelled and mixed samples at the end of their ramp.
+    ``mixes``: mixed patches per batch; null is as many as unlabelled ones. ``curriculum``: how the class of a mix is
+    drawn, from the tail to all alike until ``curriculum_end`` (fraction of the training, raised to
     ``curriculum_power``); "tail" and "uniform" stay there. ``imbalance``: how much rarer classes are preferred, log(1 +
     n_max / n) or (n_max / n)^1/2. ``box``: range of a box's side as a fraction of the patch's. ``confidence``: a pseudo
     label counts above this probability. ``transductive``: also train on the images of the validation cases.
@@ -114,6 +115,7 @@ class DinoMix:
     cutmix: bool = True
     foundation: bool = True
     unlabeled_per_batch: int | None = None
+    unsupervised_weight: float = 0.1
     mixes: int | None = None
     curriculum: Literal["progressive", "tail", "uniform"] = "progressive"
     curriculum_end: float = 0.8

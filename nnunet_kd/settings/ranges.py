@@ -43,6 +43,7 @@ def check_ranges(settings: Settings) -> None:
         "tasks.detection": tasks.detection,
         "sampling_exponent": settings.sampling_exponent,
         "alignment_weight": settings.alignment_weight,
+        "dino_mix.unsupervised_weight": mix.unsupervised_weight,
         "guard.margin": guard.margin,
         "guard.exponent": guard.exponent,
         **{

@@ -4,7 +4,7 @@ Source: Liu and Sun, arXiv 2602.07819, whose equations are not at hand. Establis
 squared error of features of length 1, class-conditional CutMix of labelled and unlabelled images whose curriculum goes
 from tail classes to all alike, and consistency. Our specification: everything that a number or formula says here.
 
-L = L_supervised(labelled) + ramp * [L_consistency(unlabelled) + L_mix(mixed)] + w * L_foundation(labelled, unlabelled)
+L = L_supervised(labelled) + u * ramp * [L_consistency(unlabelled) + L_mix(mixed)] + w * L_foundation(both)
 """
 
 from __future__ import annotations

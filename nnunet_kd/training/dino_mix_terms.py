@@ -27,10 +27,10 @@ FOUNDATION = {
 
 def terms_of(parts: DinoMix) -> list[dict[str, Any]]:
     """The terms of the parts that are switched on."""
-    pseudo_label = {"options": {"confidence": parts.confidence}}
+    unsupervised = {"weight": parts.unsupervised_weight, "options": {"confidence": parts.confidence}}
     terms = [
-        merge(CONSISTENCY, pseudo_label) if parts.consistency else None,
-        merge(CUTMIX, pseudo_label) if parts.cutmix else None,
+        merge(CONSISTENCY, unsupervised) if parts.consistency else None,
+        merge(CUTMIX, unsupervised) if parts.cutmix else None,
         FOUNDATION if parts.foundation else None,
     ]
     return [term for term in terms if term is not None]
@@ -90,6 +90,8 @@ def _check_average(settings: Settings, kinds: Mapping[str, str]) -> None:
             "or switch on 'consistency' or 'cutmix'."
         )
     for index, term in enumerate(settings.terms):
+        if not term.weight:
+            continue
         if "mixed" in term.samples:
             raise SettingsError(
                 f"'terms[{index}].samples' has 'mixed', but samples are mixed by the pseudo labels of a moving "

@@ -260,6 +260,7 @@ def test_images_that_were_added(planned: Any, tmp_path: Path) -> None:
         ({"consistency": False, "foundation": False}, TERMS[:1]),
         ({"consistency": False, "cutmix": False}, TERMS[2:]),
         ({"curriculum": "uniform", "unlabeled_per_batch": 1, "mixes": 3}, TERMS),
+        ({"unsupervised_weight": 0}, TERMS[2:]),
     ],
 )
 def test_parts_are_switched_off(planned: Any, tmp_path: Path, parts: dict[str, Any], expected: tuple[str, ...]) -> None:

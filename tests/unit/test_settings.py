@@ -191,6 +191,7 @@ def test_yaml_runs_no_code(tmp_path: Path) -> None:
         ({"budget": "both"}, ["'budget'", "'member'", "'total'"]),
         ({"alignment": "mmd"}, ["'alignment'", "'none'", "'dann'"]),
         ({"alignment_weight": -1}, ["'alignment_weight'"]),
+        ({"dino_mix": {"unsupervised_weight": -1}}, ["'dino_mix.unsupervised_weight'"]),
         ({"joint": 900.5}, ["'joint'"]),
         ({"teachers": {"x": {"kind": "onnx"}}}, ["'teachers.x.kind'", "'nnunet'"]),
         ({"teachers": {"x": {"modell": "a"}}}, ["'teachers.x.modell'", "model"]),
