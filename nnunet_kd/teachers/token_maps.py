@@ -9,7 +9,6 @@ intensities.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed
+from torch.nn.functional import embedding_bag
 from tqdm import tqdm
 
 from nnunet_kd.files import replacing, write_json
@@ -95,18 +95,18 @@ class TokenMaps:
         voxels = (places @ matrix[:, :-1].T + matrix[:, -1]).movedim(-1, 0)  # [3, ...] of the case
         order = [self.axis or 0, *(axis for axis in range(3) if axis != (self.axis or 0))]
         lengths = [self.shapes[case][axis] for axis in order]
-        corners = []  # per axis: (index, weight) below and above
+        corners = torch.zeros((*places.shape[:-1], 1), dtype=torch.long)  # [..., 8] in the end, in rows of the map
+        weights = torch.ones(corners.shape)
         for voxel, length, size in zip(voxels[order], lengths, tokens.shape[:3], strict=True):
-            place = ((voxel + 0.5) * (size / length) - 0.5).clamp(0, size - 1).numpy()
-            below = np.floor(place).astype(np.int64)
+            place = ((voxel + 0.5) * (size / length) - 0.5).clamp(0, size - 1)[..., None]
+            below = place.floor().long()
             part = place - below
-            corners.append(((below, 1 - part), (np.minimum(below + 1, size - 1), part)))
-        found = np.zeros((*places.shape[:-1], tokens.shape[3]), np.float32)
-        for chosen in itertools.product(*corners):
-            weight = np.prod([own for _, own in chosen], axis=0)
-            if weight.any():
-                found += weight[..., None] * tokens[tuple(index for index, _ in chosen)]
-        return torch.from_numpy(found).movedim(-1, 0).half()
+            corners = torch.cat((corners * size + below, corners * size + (below + 1).clamp(max=size - 1)), -1)
+            weights = torch.cat((weights * (1 - part), weights * part), -1)
+        rows, number = corners.flatten(0, -2).unique(return_inverse=True)
+        needed = torch.from_numpy(tokens.reshape(-1, tokens.shape[3])[rows.numpy()]).float()
+        found = embedding_bag(number, needed, per_sample_weights=weights.flatten(0, -2), mode="sum")
+        return found.T.unflatten(1, places.shape[:-1]).half()
 
     def _fill(self, sources: Mapping[str, tuple[Any, Sequence[Path]]], tokens_of: Callable[[Tensor], Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
