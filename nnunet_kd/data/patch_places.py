@@ -1,11 +1,19 @@
-"""Where the patches of a stock loader lie in their cases, whatever augmentation did to them (our design)."""
+"""Where the patches of a stock loader lie in their cases, whatever augmentation did to them (our design).
+
+Host behaviour relied on (batchgeneratorsv2 0.3): a stock SpatialTransform computes the grid of its samples once, as the
+parameter "grid" (None: it only crops), and samples everything with it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor
 
@@ -24,7 +32,7 @@ class PatchPlaces:
     """
 
     def __init__(self, loader: nnUNetDataLoader) -> None:
-        self._stock_bbox, self._stock_transforms = loader.get_bbox, loader.transforms
+        self._stock_bbox, self._watched_transforms = loader.get_bbox, _thinned(loader.transforms)
         self._is_2d = loader.patch_size_was_2d
         self._lower: Sequence[int] = ()
         self._found: list[Tensor] = []
@@ -44,35 +52,87 @@ class PatchPlaces:
         return lower, upper
 
     def _transforms(self, **data: Any) -> Any:
-        shape, lower = data["image"].shape[1:], list(self._lower)
-        own = lower[1:] if self._is_2d else lower
-        axes = [torch.arange(low, low + length, dtype=torch.float32) for low, length in zip(own, shape, strict=True)]
-        coordinates = torch.stack([*torch.meshgrid(*axes, indexing="ij"), torch.ones(shape)])
-        result = self._stock_transforms(**data, regression_target=coordinates)
-        matrix = affine_map(result.pop("regression_target"))
+        coordinates = _coordinates(tuple(data["image"].shape[1:]))
+        result = self._watched_transforms(**data, regression_target=coordinates)
+        patch = result["image"].shape[1:]
+        matrix = affine_map(_thin(result.pop("regression_target"), patch), patch)
         if self._is_2d:
-            slice_number = torch.tensor([[0.0, 0.0, lower[0]]])
-            matrix = torch.cat((slice_number, matrix))
+            matrix = torch.cat((matrix.new_zeros(1, 3), matrix))
+        matrix[:, -1] += torch.tensor(self._lower)
         self._found.append(matrix)
         return result
 
 
-def affine_map(coordinates: Tensor) -> Tensor:
-    """The affine map that coordinates [D + 1, *S], the last channel ones, come from: [D, D + 1].
+class ThinnedSpatialTransform(BasicTransform):
+    """A stock spatial transform that brings the regression target to few points of the patch, see :func:`points`."""
+
+    def __init__(self, stock: SpatialTransform) -> None:
+        super().__init__()
+        self.stock = stock
+
+    def get_parameters(self, **data: Any) -> dict[str, Any]:
+        """The stock ones."""
+        parameters: dict[str, Any] = self.stock.get_parameters(**data)
+        return parameters
+
+    def apply(self, data: dict[str, Any], **parameters: Any) -> dict[str, Any]:
+        """Image and segmentation as stock does."""
+        target, size = data.pop("regression_target"), self.stock.patch_size
+        result: dict[str, Any] = self.stock.apply(data, **parameters)
+        if parameters["grid"] is not None:
+            parameters["grid"] = _thin(parameters["grid"][None], size)[0]
+        result["regression_target"] = _thin(self.stock._apply_to_regr_target(target, **parameters), size)
+        return result
+
+
+def _thinned(transforms: ComposeTransforms) -> ComposeTransforms:
+    """The same transforms; sampling coordinates in every voxel would cost as much as augmenting four images."""
+    return ComposeTransforms(
+        [ThinnedSpatialTransform(own) if isinstance(own, SpatialTransform) else own for own in transforms.transforms]
+    )
+
+
+@lru_cache(maxsize=1)
+def _coordinates(shape: tuple[int, ...]) -> Tensor:
+    """[D + 1, *S]: the coordinates of voxels, and ones."""
+    axes = [torch.arange(length, dtype=torch.float32) for length in shape]
+    return torch.stack([*torch.meshgrid(*axes, indexing="ij"), torch.ones(shape)])
+
+
+def points(length: int) -> Tensor:
+    """Voxels of an axis that stand for it; a mirrored axis has the same ones."""
+    count = min(length, POINTS_PER_AXIS)
+    lower = torch.linspace(0, length - 1, count)[: (count + 1) // 2].long()
+    return torch.cat((lower, (length - 1 - lower).flip(0)[count % 2 :]))
+
+
+def _thin(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """[C, *S, ...] at the points of the axes that still have all voxels of ``shape``."""
+    for axis, length in enumerate(shape, 1):
+        if values.shape[axis] == length:
+            values = values.index_select(axis, points(length))
+    return values
+
+
+def affine_map(coordinates: Tensor, shape: Sequence[int]) -> Tensor:
+    """The affine map that coordinates [D + 1, *N], the last channel ones, come from: [D, D + 1].
+
+    Args:
+        coordinates: At the :func:`points` of a patch.
+        shape: Of the patch.
 
     Raises:
-        SettingsError: They do not come from one, as after an elastic deformation.
+        SettingsError: They do not come from one, as after an elastic deformation, or too few of them to tell.
     """
-    shape = coordinates.shape[1:]
-    chosen = [torch.linspace(0, length - 1, min(length, POINTS_PER_AXIS)).round().long() for length in shape]
-    grid = tuple(torch.meshgrid(*chosen, indexing="ij"))
-    values = torch.stack([channel[grid] for channel in coordinates]).flatten(1).double()
+    grid = torch.meshgrid(*(points(length) for length in shape), indexing="ij")
+    values = coordinates.flatten(1).double()
     places = torch.stack([*grid, torch.ones_like(grid[0])]).flatten(1).double()
     inside = values[-1] > INSIDE
     values, places = values[:-1, inside].T, places[:, inside].T
     # the driver for matrices without full rank: an axis of the patch may have one voxel
-    solution = torch.linalg.lstsq(places, values, driver="gelsd").solution
-    if not inside.any() or (places @ solution - values).abs().max() > TOLERANCE:
+    solution, _, rank, _ = torch.linalg.lstsq(places, values, driver="gelsd")
+    is_determined = rank > sum(length > 1 for length in shape)
+    if not is_determined or (places @ solution - values).abs().max() > TOLERANCE:
         raise SettingsError(
             "The augmentation of this trainer is not affine, so token maps of whole cases cannot be cut as its "
             "patches are. Switch 'foundation.cache' off."

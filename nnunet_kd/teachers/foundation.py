@@ -94,7 +94,9 @@ class FoundationTeacher(BatchTeacher):
         del tasks, hidden_cases
         self.levels = tuple(levels)
         network = self.model.network.to(device)
-        self.network = torch.compile(network) if compile_network else network
+        # every case has a size of its own, for which it would be compiled again
+        is_compiled = compile_network and not self.settings.foundation.cache
+        self.network = torch.compile(network) if is_compiled else network
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in self.model[3:5])
         self.colours = (mean, std)
         self._bf16_undecided = self.settings.precision == "auto" and device.type == "cpu" and cpu_has_bf16()
@@ -104,7 +106,7 @@ class FoundationTeacher(BatchTeacher):
         """Tokens [B, C, K, h, w] of slices, or [B, C, h, w] of 2D patches, the same for every level."""
         del tasks
         image = batch["data"][: batch.get(SEEN), :1]
-        if TOKENS in batch:
+        if self.settings.foundation.cache and TOKENS in batch:
             return self._cached(batch, image)
         slices = self._draw(image)
         if self._bf16_undecided:
@@ -120,7 +122,7 @@ class FoundationTeacher(BatchTeacher):
             sources: Case to the dataset that loads it and its preprocessed files.
             folder: Of the dataset in nnUNet_preprocessed; the maps have a folder in it for every model and size.
         """
-        patch = self.student.configuration_manager.patch_size
+        patch = list(self.student.configuration_manager.patch_size)
         plane = patch if self.axis is None else [side for axis, side in enumerate(patch) if axis != self.axis]
         size, multiple = self.settings.foundation.size, self.model.multiple
         scale = size / max(plane)
@@ -131,18 +133,19 @@ class FoundationTeacher(BatchTeacher):
             return self._tokens_of(slices, larger, cpu_has_bf16() and self.settings.precision == "auto")
 
         data = self.student.configuration_manager.data_identifier
-        seen = [self.model.note, self._digest(), size, scale, self.axis, self.range.limits, data]
+        colours = [float(value) for values in self.model[3:5] for value in values]
+        seen = [self.model.note, self._digest(), multiple, colours, size, patch, self.axis, self.range.limits, data]
         name = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
         grid_of = partial(grid_size, size=size, multiple=multiple)
-        maps = TokenMaps(folder / FOLDER / name, self.axis, self.settings.foundation.slices, grid_of)
+        maps = TokenMaps(folder / FOLDER / name, patch, self.axis, self.settings.foundation.slices, grid_of)
         maps.fill(sources, torch.no_grad()(tokens_of))
         return maps
 
     def _digest(self) -> str:
-        """Of the weights."""
-        digest = hashlib.sha256()
+        """Of the code, if it is the user's own, and of the weights."""
+        digest = hashlib.sha256(self.model.code.encode())
         for value in self.model.network.state_dict().values():
-            digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def _cached(self, batch: Mapping[str, Any], image: Tensor) -> TeacherOutput:

@@ -24,7 +24,8 @@ CNN_MULTIPLE = 32  # stride of the last features of timm's convolutional network
 class FoundationModel(NamedTuple):
     """``network``: [N, 3, H, W] -> patch tokens [N, channels, h, w]; H and W are multiples of ``multiple``.
 
-    ``mean``, ``std``: of the three colours, for images in [0, 1]. ``note``: what was built, for the log.
+    ``mean``, ``std``: of the three colours, for images in [0, 1]. ``note``: what was built, for the log. ``code``:
+    SHA256 of the user's own module.
     """
 
     network: nn.Module
@@ -33,6 +34,7 @@ class FoundationModel(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     note: str
+    code: str = ""
 
 
 class PatchTokens(nn.Module):
@@ -76,7 +78,8 @@ def build_foundation(name: str, settings: Foundation) -> FoundationModel:
 def _own_module(name: str, settings: Foundation) -> FoundationModel:
     module_name, _, function = name.partition(":")
     try:
-        network = getattr(importlib.import_module(module_name), function)()
+        module = importlib.import_module(module_name)
+        network = getattr(module, function)()
     except (ImportError, AttributeError) as error:
         raise TeacherError(
             f"The foundation model '{name}' cannot be made: {error}. Give MODULE:FUNCTION of an importable module, "
@@ -97,7 +100,8 @@ def _own_module(name: str, settings: Foundation) -> FoundationModel:
         raise TeacherError(f"'{name}' returned {shape}, but a foundation model returns a map [N, C, h, w].")
     mean, std = (tuple(getattr(network, key, default)) for key, default in _COLOURS.items())
     origin = "weights as it made them" if settings.weights is None else f"weights of {settings.weights}"
-    return FoundationModel(network, tokens.shape[1], multiple, mean, std, f"{name}, {origin}")
+    code = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() if module.__file__ else ""
+    return FoundationModel(network, tokens.shape[1], multiple, mean, std, f"{name}, {origin}", code)
 
 
 _COLOURS = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}

@@ -145,7 +145,10 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
             for case, folder in folders.items()
         }
         maps = wanting[0].token_maps(sources, member.base_folder)
-        self.print_to_log_file(f"Token maps of {len(sources)} cases: {maps.folder}", add_timestamp=False)
+        megabytes = sum((maps.folder / f"{case}.npy").stat().st_size for case in sources) / 1e6
+        self.print_to_log_file(
+            f"Token maps of {len(sources)} cases, {megabytes:.0f} MB: {maps.folder}", add_timestamp=False
+        )
         return maps
 
     def _distillation_loss(self, supervised: nn.Module) -> DistillationLoss:

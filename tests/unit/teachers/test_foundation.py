@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from nnunet_kd.errors import SettingsError, TeacherError
 from nnunet_kd.settings import Foundation, Teacher, Term
 from nnunet_kd.teachers.foundation import SEEN, FoundationTeacher
 from nnunet_kd.teachers.foundation_model import build_foundation
+from nnunet_kd.teachers.token_maps import TokenMaps
 
 TINY = "test_vit"  # of timm, 64 wide with patches of 16 pixels
 
@@ -37,7 +39,12 @@ def not_a_map() -> nn.Module:
 def student(scheme: str, spacing: tuple[float, ...]) -> Any:
     properties = {"0": {"mean": 50.0, "std": 25.0, "percentile_00_5": 0.0, "percentile_99_5": 100.0}}
     return SimpleNamespace(
-        configuration_manager=SimpleNamespace(normalization_schemes=[scheme], spacing=list(spacing)),
+        configuration_manager=SimpleNamespace(
+            normalization_schemes=[scheme],
+            spacing=list(spacing),
+            patch_size=[6, 24, 32][-len(spacing) :],
+            data_identifier="nnUNetPlans_3d_fullres",
+        ),
         plans_manager=SimpleNamespace(foreground_intensity_properties_per_channel=properties),
     )
 
@@ -95,6 +102,75 @@ def test_mixed_samples_are_not_seen() -> None:
             own.check_term(Term("foundation", "features", levels=["bottleneck"], **changed), "terms[0]")
     with pytest.raises(SettingsError, match="teaches features only"):
         own.check_term(Term("foundation", "logits", "kl"), "terms[0]")
+
+
+# --- token maps -------------------------------------------------------------------------------------------------------
+class Cases:
+    """A case of CT smaller than a patch along the first axis and larger along the last one."""
+
+    def load_case(self, case: str) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(len(case))
+        return torch.rand(2, 3, 24, 48, generator=generator).numpy() * 4 - 2, None, None, {}
+
+
+def maps_of(own: Any, folder: Path) -> TokenMaps:
+    file = folder / "a.b2nd"
+    file.touch()
+    maps: TokenMaps = own.token_maps({"a": (Cases(), [file])}, folder)
+    return maps
+
+
+def test_a_patch_that_nothing_was_done_to_gets_the_tokens_that_the_teacher_gives_it(tmp_path: Path) -> None:
+    own = teacher(slices=6, size=32, cache=True)
+    maps, patch = maps_of(own, tmp_path), (6, 24, 32)
+    place = torch.tensor([[1.0, 0, 0, -2], [0, 1, 0, 0], [0, 0, 1, 8]])
+    found = maps(["a"], place[None], patch)
+    padded = nn.functional.pad(torch.from_numpy(Cases().load_case("a")[0]), (0, 0, 0, 0, 2, 1))
+    data = padded[None, :, :, :, 8:40]  # as nnU-Net pads what is shorter than a patch
+    cached = own({"data": data, **found}, set())
+    assert torch.equal(cached.slices.indices, found["token_slices"])
+    own._draw = lambda _: cached.slices
+    fresh = own({"data": data}, set()).features["encoder@1/16"]
+    torch.testing.assert_close(cached.features["encoder@1/16"], fresh, atol=1e-3, rtol=0)
+
+
+def test_tokens_on_disk_are_for_the_teacher_that_asked_for_them(tmp_path: Path) -> None:
+    found = maps_of(teacher(size=32, cache=True), tmp_path)(["a"], torch.eye(3, 4)[None], (6, 24, 32))
+    data = torch.rand(1, 1, 6, 24, 32)
+    torch.manual_seed(0)
+    expected = teacher(size=16)({"data": data}, set()).features["encoder@1/16"]
+    torch.manual_seed(0)
+    torch.testing.assert_close(teacher(size=16)({"data": data, **found}, set()).features["encoder@1/16"], expected)
+
+
+def test_what_tokens_depend_on_has_maps_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {maps_of(teacher(size=32, cache=True), tmp_path).folder}
+    assert maps_of(teacher(size=32, slices=2, cache=True), tmp_path).folder in folders
+    changes: list[tuple[str, Any]] = [("mean", (0.5, 0.0, 0.0)), ("std", (1.0, 2.0, 1.0)), ("multiple", 16)]
+    for name, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(MeanColour, name, value)
+            folders.add(maps_of(teacher(size=32, cache=True), tmp_path).folder)
+    folders |= {maps_of(teacher(size=16, cache=True), tmp_path).folder}
+    folders |= {maps_of(teacher("RescaleTo01Normalization", size=32, cache=True), tmp_path).folder}
+    monkeypatch.syspath_prepend(tmp_path)
+    for code in ("", "# changed\n"):
+        (tmp_path / "own_model.py").write_text(f"{code}import torch\nmake = lambda: torch.nn.AvgPool2d(1)\n")
+        monkeypatch.delitem(sys.modules, "own_model", raising=False)
+        folders.add(maps_of(teacher(model="own_model:make", size=32, cache=True), tmp_path).folder)
+    assert len(folders) == 8
+
+
+def test_a_network_that_sees_cases_of_all_sizes_is_not_compiled() -> None:
+    for cache in (False, True):
+        own = teacher(size=32, cache=cache)
+        own.load(torch.device("cpu"), ["encoder@1/16"], set(), True, [])
+        assert isinstance(own.network, MeanColour) == cache
+
+
+def test_maps_of_a_convolutional_network(tmp_path: Path) -> None:
+    own = teacher(model="resnet18", pretrained=False, size=64, cache=True)
+    assert np.load(maps_of(own, tmp_path).folder / "a.npy").shape == (6, 2, 3, 512)
 
 
 # --- models and weights -----------------------------------------------------------------------------------------------

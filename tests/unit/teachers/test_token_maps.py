@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from nnunet_kd.errors import TeacherError
 from nnunet_kd.teachers.foundation import grid_size
 from nnunet_kd.teachers.slices import Slices
 from nnunet_kd.teachers.token_maps import TOKEN_SLICES, TOKENS, TokenMaps
@@ -53,8 +54,9 @@ def source(tmp_path: Path) -> tuple[Case, list[Path]]:
     return Case(), [file]
 
 
-def maps_of(folder: Path, axis: int | None, longest: int) -> TokenMaps:
-    return TokenMaps(folder / "maps", axis, 3, partial(grid_size, size=longest // STEP, multiple=1))
+def maps_of(folder: Path, axis: int | None, longest: int, patch: tuple[int, ...] = (8, 8, 8)) -> TokenMaps:
+    patch = patch if axis is not None else patch[1:]
+    return TokenMaps(folder / "maps", patch, axis, 3, partial(grid_size, size=longest // STEP, multiple=1))
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -100,6 +102,48 @@ def test_maps_are_computed_once_and_again_when_the_case_changes(tmp_path: Path, 
     file.write_bytes(b"22")
     maps_of(tmp_path, 0, 8).fill({"a": source}, mean_tokens)
     assert case.loaded == 2
+
+
+def test_a_map_that_is_gone_is_computed_again(tmp_path: Path, source: Any) -> None:
+    case, _ = source
+    maps = maps_of(tmp_path, 0, 8)
+    maps.fill({"a": source}, mean_tokens)
+    (maps.folder / "a.npy").unlink()
+    maps.fill({"a": source}, mean_tokens)
+    assert case.loaded == 2
+    assert (maps.folder / "a.npy").is_file()
+
+
+def test_tokens_that_16_bits_cannot_hold_are_refused(tmp_path: Path, source: Any) -> None:
+    maps = maps_of(tmp_path, 0, 8)
+    with pytest.raises(TeacherError, match="tokens of a that are not finite"):
+        maps.fill({"a": source}, lambda slices: mean_tokens(slices) * 1e6)
+    assert not list(maps.folder.glob("*"))
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path, source: Any) -> None:
+    (tmp_path / "maps").touch()  # instead of a folder
+    with pytest.raises(TeacherError, match=r"token map of a .* cannot be written to .*maps"):
+        maps_of(tmp_path, 0, 8).fill({"a": source}, mean_tokens)
+
+
+@pytest.mark.parametrize("axis", [0, None])
+def test_a_case_smaller_than_a_patch_is_padded_as_its_patches_are(
+    tmp_path: Path, source: Any, axis: int | None
+) -> None:
+    patch = (12, 20, 24)  # the case has 9, 16 and 24 voxels
+    case, _ = source
+    maps = maps_of(tmp_path, axis, 24, patch)
+    maps.fill({"a": source}, mean_tokens)
+    padded = torch.nn.functional.pad(torch.from_numpy(case.image), (0, 0, 2, 2, 2, 1) if axis == 0 else (0, 0, 2, 2))
+    means = avg_pool2d(padded, STEP)[0]
+    assert np.allclose(np.load(maps.folder / "a.npy")[..., 0], means, atol=0.1)
+    place = torch.tensor([[1.0, 0, 0, -2], [0, 1, 0, -2], [0, 0, 1, 0]])
+    if axis is None:
+        place = torch.cat((torch.tensor([[0.0, 0, 4]]), place[1:, 1:]))
+    found = maps(["a"], place[None], patch if axis == 0 else patch[1:])
+    numbers = found[TOKEN_SLICES][0] if axis == 0 else torch.tensor([4])
+    assert torch.allclose(found[TOKENS][0, 0].float(), means[numbers].squeeze(0), atol=0.1)
 
 
 def test_a_place_outside_of_the_case_has_the_tokens_of_its_border(tmp_path: Path, source: Any) -> None:
