@@ -92,7 +92,8 @@ def settings_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     weights = {"pretrained": False} if args.foundation is None else {"weights": str(args.foundation)}
     foundation = {**weights, "size": args.foundation_size, "cache": args.cache}
     teachers = {"foundation": {"foundation": foundation}, "ema": {"decay": DECAY}}
-    return {"training": training, "labeled": labeled, "dino_mix": parts, "teachers": teachers}
+    own = {**json.loads(args.settings), **parts}
+    return {"training": training, "labeled": labeled, "dino_mix": own, "teachers": teachers}
 
 
 def make_trainer(run: Run, args: argparse.Namespace) -> Any:
@@ -223,7 +224,7 @@ def start(root: Path, run: Run, args: argparse.Namespace) -> None:
 def options_of(args: argparse.Namespace) -> list[str]:
     """For a process that trains."""
     more = ["--batch_size", str(args.batch_size), "--foundation_size", str(args.foundation_size)]
-    more += ["--cache"] if args.cache else []
+    more += ["--settings", args.settings, *(["--cache"] if args.cache else [])]
     more += [] if args.c is None else ["-c", args.c]
     return more + ([] if args.foundation is None else ["--foundation", str(args.foundation)])
 
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--cache", action="store_true", help="Keep its tokens of whole cases on disk")
     parser.add_argument("-c", choices=("2d", "3d_fullres"), default=None, help="Configuration of all tasks")
     parser.add_argument("--batch_size", type=int, default=real_data.BATCH_SIZE)
+    parser.add_argument("--settings", default="{}", help="Inline JSON for the block 'dino_mix'")
     parser.add_argument("--costs", action="store_true", help="Measure the steps of the first task instead")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     real_data.add_run_arguments(parser, 600)
@@ -249,7 +251,8 @@ def main() -> None:
     if args.measure:
         measure_costs(args.tasks[0], args)
         return
-    options = {name: getattr(args, name) for name in ("c", "batch_size", "foundation_size", "cache", "steps", "epochs")}
+    names = ("c", "batch_size", "foundation_size", "cache", "settings", "steps", "epochs")
+    options = {name: getattr(args, name) for name in names}
     keep_options(root, {**options, "foundation": str(args.foundation)})
     prepare(root, args.tasks, args.c, args.batch_size)
     if args.costs:
