@@ -178,6 +178,7 @@ def measure_costs(task: str, args: argparse.Namespace) -> None:
     One control has the batch of the plans, the other as many patches as the method. Methods with the foundation teacher
     are also measured with token maps of whole cases on disk.
     """
+    args.cache = False
     made = {method: make_trainer(run_of(task, method, 0, 0), args) for method in METHODS if method != "control_half"}
     args.cache = True
     cached = {f"{method}, cache": make_trainer(run_of(task, method, 0, 0), args) for method in ("fkd", "full")}
