@@ -1,8 +1,8 @@
 """A synthetic CT dataset of three organs whose voxels are as 100 to 10 to 1 (our design).
 
-The small organ has the intensity of the middle one, and of things of its own size that are no organ, so that it is
-found by its neighbourhood. It is data for class-imbalanced, semi-supervised segmentation; the demo's joint teacher does
-not use it.
+The small organ is a little brighter than the middle one, and than things of its own size that are no organ, so that
+what makes it hard is how rare it is. It is data for class-imbalanced, semi-supervised segmentation; the demo's joint
+teacher does not use it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ DATASET = "Dataset974_DemoOrgans"
 SHAPE, SPACING_MM = (28, 52, 52), (3.0, 2.0, 2.0)
 LABELS = {"background": 0, "large": 1, "middle": 2, "small": 3}
 AIR, TISSUE, NOISE = -1000.0, 30.0, 22.0
-INTENSITY = {"large": 80.0, "middle": 140.0, "small": 140.0}
+INTENSITY = {"large": 80.0, "middle": 140.0, "small": 180.0}
 # centre and radii in mm, array order (z, y, x), before every case moves and scales them
 ORGANS = {
     "large": ((0.0, -4.0, -16.0), (22.0, 20.0, 19.0)),
     "middle": ((-4.0, 8.0, 22.0), (11.0, 8.5, 8.5)),
     "small": ((12.0, 4.0, 20.0), (5.5, 3.6, 3.6)),
 }
-DISTRACTORS = 5  # of the small organ's size and intensity, anywhere else in the body
+DISTRACTORS = 5  # of the small organ's size and the middle one's intensity, anywhere in the body
 
 
 def write_organs(raw_folder: Path, num_cases: int = 60, seed: int = 0) -> None:
@@ -65,7 +65,7 @@ def make_organs(random: np.random.Generator) -> tuple[NDArray[np.int16], NDArray
     for _ in range(DISTRACTORS):
         place = random.uniform(-0.38, 0.38, 3) * extent
         thing = ellipsoid(grid, place, np.array(ORGANS["small"][1]) * random.uniform(0.9, 1.1, 3)) > 0
-        image[thing & (labels == 0)] = INTENSITY["small"]
+        image[thing & (labels == 0)] = INTENSITY["middle"]
     for name, intensity in INTENSITY.items():
         image[labels == LABELS[name]] = intensity
     return np.rint(image + random.normal(0, NOISE, SHAPE)).astype(np.int16), labels
