@@ -115,7 +115,7 @@ def train_and_test(root: Path, run: Run, args: argparse.Namespace) -> None:
     trainer = make_trainer(run, args)
     trainer.initialize()
     if run.kind == "control_half":
-        trainer.batch_size //= 2
+        halve_batch(trainer)
     trainer.run_training()
     rows = real_data.test(trainer, run.dataset, run.dataset)
     labeled, (training, validation) = trainer.do_split()[0], trainer.fold_split()
@@ -124,6 +124,14 @@ def train_and_test(root: Path, run: Run, args: argparse.Namespace) -> None:
     (root / "runs").mkdir(exist_ok=True)
     file = root / "runs" / f"{run.name}.json"
     file.write_text(json.dumps({**content, "foundation": str(args.foundation), "rows": rows}))
+
+
+def halve_batch(trainer: Any) -> None:
+    """As many labelled patches as the methods have, with the same share of forced foreground, by chance as theirs."""
+    size, share = trainer.batch_size, trainer.oversample_foreground_percent
+    trainer.oversample_foreground_percent = 1 - round(size * (1 - share)) / size
+    trainer.probabilistic_oversampling = True
+    trainer.batch_size = size // 2
 
 
 def tail_class(trainer: Any, cases: list[str]) -> str:

@@ -114,12 +114,14 @@ class Mixed(NamedTuple):
     """Mixed patches.
 
     ``image``: [M, C, *S]. ``logits``: [M, channels, *S]. ``target``: [M, t, *S]. ``inside``: the boxes, [M, 1, *S].
+    ``classes``: bool [M, classes], the class that each box lies around; none where no donor has any.
     """
 
     image: Tensor
     logits: Tensor
     target: Tensor
     inside: Tensor
+    classes: Tensor
 
 
 def mix(
@@ -152,45 +154,45 @@ def mix(
     mixes = []
     for _ in range(count):
         donors, recipient = _draw_pair(len(image), num_labeled)
-        chosen = _draw_donor(has_class[donors], probabilities)
+        chosen = _draw_donor(has_class[donors], probabilities, recipient - donors.start)
         donor = chosen.donor + donors.start
         own = members.flatten(0, 1).index_select(0, donor * members.shape[1] + chosen.label)[0]
         inside = _draw_box(own, sides)
         pairs = ((part.index_select(0, donor), part[recipient : recipient + 1]) for part in (image, logits, target))
-        mixes.append((*(torch.where(inside, new, old) for new, old in pairs), inside))
+        mixes.append((*(torch.where(inside, new, old) for new, old in pairs), inside, chosen.classes))
     return Mixed(*(torch.cat(parts) for parts in zip(*mixes, strict=True)))
 
 
 def _draw_pair(batch_size: int, num_labeled: int) -> tuple[slice, int]:
-    """Samples that may give a box, which do not hold the sample that gets it; drawn on the host."""
-    ranges = {"labeled": (0, num_labeled), "unlabeled": (num_labeled, batch_size)}
+    """Samples that may give a box, and the one that gets it and may be among them; drawn on the host."""
+    ranges = {"labeled": slice(0, num_labeled), "unlabeled": slice(num_labeled, batch_size)}
     possible = [pair for pair in PAIRS if pair.donor != pair.recipient or num_labeled > 1]
     pair = possible[int(torch.randint(len(possible), ()))]
-    first, stop = ranges[pair.recipient]
-    recipient = int(torch.randint(first, stop, ()))
-    if pair.donor != pair.recipient:
-        return slice(*ranges[pair.donor]), recipient
-    other = int(torch.randint(num_labeled - 1, ()))
-    other += other >= recipient
-    return slice(other, other + 1), recipient
+    recipients = ranges[pair.recipient]
+    return ranges[pair.donor], int(torch.randint(recipients.start, recipients.stop, ()))
 
 
 class _Chosen(NamedTuple):
-    """Indices [1]; as tensors they can be used without waiting for the device."""
+    """Indices [1]; as tensors they can be used without waiting for the device. ``classes``: bool [1, classes]."""
 
     donor: Tensor
     label: Tensor
+    classes: Tensor
 
 
-def _draw_donor(has_class: Tensor, probabilities: Tensor) -> _Chosen:
-    """Class, then donor; ``has_class`` is bool [donors, classes]."""
+def _draw_donor(has_class: Tensor, probabilities: Tensor, recipient: int) -> _Chosen:
+    """Class, then donor; ``has_class`` is bool [donors, classes], and ``recipient`` is none of them."""
+    indices = torch.arange(len(has_class), device=has_class.device)
+    others = indices != recipient
+    has_class = has_class & others[:, None]
     # argmax of log p + Gumbel noise is a draw from p, also of the part of it that is there
     noise = -(-torch.rand_like(probabilities).log()).log()
     available = has_class.any(0)
     label = (probabilities.log() + noise + torch.where(available, 0.0, NOT_THERE)).argmax(0, keepdim=True)
     has_label = has_class.index_select(1, label)[:, 0]
-    donor = (torch.rand(len(has_class), device=has_class.device) + has_label).argmax(0, keepdim=True)
-    return _Chosen(donor, label)
+    donor = (torch.rand(len(has_class), device=has_class.device) + has_label + others).argmax(0, keepdim=True)
+    classes = (torch.arange(len(probabilities), device=label.device) == label) & available
+    return _Chosen(donor, label, classes[None])
 
 
 def _draw_box(members: Tensor, sides: Sequence[float]) -> Tensor:

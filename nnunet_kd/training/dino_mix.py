@@ -188,12 +188,14 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """The student's log, and what is mixed."""
         super().on_train_epoch_end(train_outputs)
+        drawn = self.semi_supervised.take_drawn()
         probabilities = self.semi_supervised.probabilities
-        if probabilities is not None:
+        if drawn and probabilities is not None:
             space = self.semi_supervised.space
             names = space.names if space.regions else space.names[1:]
-            shares = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, probabilities.tolist(), strict=True))
-            self.print_to_log_file(f"Classes of the mixed boxes: {shares}")
+            rows = zip(names, drawn, probabilities.tolist(), strict=True)
+            shares = ", ".join(f"{name} {count} (p {value:.3f})" for name, count, value in rows)
+            self.print_to_log_file(f"Mixed boxes around each class, of those that a donor has: {shares}")
 
     def other_weights(self) -> dict[str, Tensor] | None:
         """Those of the moving average, if it is to predict."""

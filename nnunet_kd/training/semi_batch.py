@@ -15,7 +15,7 @@ from nnunet_kd.teachers.ema import LOGITS
 from nnunet_kd.teachers.foundation import SEEN
 from nnunet_kd.training.cutmix import ClassFrequencies, Mixed, class_members, class_probabilities, known_logits, mix
 
-# ranges of a strong view's factors and of its noise's standard deviation; intensities are normalised to about 1
+# ranges of a strong view's factors, and of its noise's standard deviation as a part of the image's
 BRIGHTNESS, CONTRAST, NOISE = (0.75, 1.25), (0.65, 1.5), (0.0, 0.3)
 
 
@@ -51,6 +51,7 @@ class SemiSupervisedBatch:
         self.settings = settings
         self.frequencies = ClassFrequencies()
         self.probabilities: Tensor | None = None
+        self.drawn: Tensor | None = None
 
     @torch.no_grad()
     def __call__(
@@ -109,7 +110,16 @@ class SemiSupervisedBatch:
         counts = members.flatten(2).sum(2)
         self.frequencies.update(counts[: self.num_labeled], counts[self.num_labeled :])
         self.probabilities = class_probabilities(self.frequencies.total, progress, self.settings)
-        return mix(data, logits, target, members, self.num_labeled, self.probabilities, num_mixes, self.settings.box)
+        sides = self.settings.box
+        mixed = mix(data, logits, target, members, self.num_labeled, self.probabilities, num_mixes, sides)
+        drawn = mixed.classes.sum(0)
+        self.drawn = drawn if self.drawn is None else self.drawn + drawn
+        return mixed
+
+    def take_drawn(self) -> list[int]:
+        """How many boxes lay around each foreground class since the last call; waits for the device."""
+        drawn, self.drawn = self.drawn, None
+        return [] if drawn is None else drawn.tolist()
 
 
 def _all_levels(levels: Sequence[Tensor], added: Tensor, num_labeled: int) -> list[Tensor]:
@@ -128,7 +138,8 @@ def strong_views(images: Tensor) -> Tensor:
     def drawn(limits: tuple[float, float]) -> Tensor:
         return torch.empty(one_each, device=images.device).uniform_(*limits)
 
-    mean = images.mean(tuple(range(2, images.ndim)), keepdim=True)
+    axes = tuple(range(2, images.ndim))
+    spread, mean = torch.std_mean(images, axes, keepdim=True)
     contrast = (images - mean) * drawn(CONTRAST) + mean
-    views = contrast * drawn(BRIGHTNESS) + drawn(NOISE) * torch.randn_like(images)
+    views = contrast * drawn(BRIGHTNESS) + spread * drawn(NOISE) * torch.randn_like(images)
     return views.masked_fill(images == 0, 0)

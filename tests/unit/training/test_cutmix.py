@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from nnunet_kd.settings import DinoMix
+from nnunet_kd.training import cutmix
 from nnunet_kd.training.cutmix import (
     COUNT_MOMENTUM,
     ClassFrequencies,
+    Pair,
     class_members,
     class_probabilities,
     known_logits,
@@ -128,7 +130,7 @@ def test_every_voxel_keeps_its_place_and_comes_from_one_of_two_patches(shape: tu
     patches = Patches(shape)
     mixed = patches.mix(200)
     seen = set()
-    for image, logits, target, inside in zip(*mixed, strict=True):
+    for image, logits, target, inside, _ in zip(*mixed, strict=True):
         places = image.long() % math.prod(shape)
         assert torch.equal(places.flatten(), torch.arange(math.prod(shape)))
         donors, recipients = (patches.origin(image[part]).unique() for part in (inside, ~inside))
@@ -175,12 +177,34 @@ def test_classes_are_drawn_with_their_probabilities_among_those_that_a_donor_has
     counts = np.bincount([value // 10 // 2 - 1 for value in from_labeled], minlength=3)
     assert 1300 < counts.sum() < 1700  # half of the mixes
     np.testing.assert_allclose(counts / counts.sum(), (0.6, 0.3, 0.1), atol=0.04)
+    told = mixed.classes[(mixed.image * mixed.inside).flatten(1).sum(1) < 100].sum(0)
+    assert told.tolist() == counts.tolist()
+
+
+def test_a_class_that_one_of_many_labelled_patches_has_is_drawn_from_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cutmix, "PAIRS", (Pair("labeled", "labeled"),))
+    torch.manual_seed(0)
+    image = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 8, 8).contiguous()
+    members = torch.zeros(6, 2, 8, 8, dtype=torch.bool)
+    members[:, 0, 0, 0] = True
+    members[4, 1, 4, 4] = True  # the only one with the rare class
+    mixed = mix(image, image, image, members, 6, torch.tensor([0.1, 0.9]), 3000, (0.125, 0.125))
+    recipients = mixed.image[:, 0, 7, 7] != 4  # a corner where no box lies tells who got it
+    rare = mixed.inside[:, 0, 4, 4]
+    assert float(rare[recipients].float().mean()) == pytest.approx(0.9, abs=0.02)
+    assert not rare[~recipients].any()  # never from itself
+    assert torch.equal(mixed.classes[:, 1], rare)
+    assert torch.equal(mixed.classes.sum(1), torch.ones(3000, dtype=torch.long))
 
 
 def test_without_any_class_the_box_lies_anywhere() -> None:
     patches = Patches((16, 16))
     patches.members[:] = False
-    inside = patches.mix(400).inside.float()
+    mixed = patches.mix(400)
+    assert not mixed.classes.any()
+    inside = mixed.inside.float()
     middle = inside.mean(0)[0, 4:12, 4:12]
     assert inside.flatten(1).sum(1).min() >= 16
     assert middle.min() > 0.05

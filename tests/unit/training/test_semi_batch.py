@@ -115,6 +115,28 @@ def test_strong_views_keep_what_is_where() -> None:
     assert scales.flatten().unique().numel() == 6
 
 
+@pytest.mark.parametrize("scale", [0.05, 1.0, 80.0])
+def test_noise_goes_with_the_scale_of_an_image(scale: float) -> None:
+    images = torch.randn(400, 1, 32, 32)
+    torch.manual_seed(1)
+    views = strong_views(scale * images)
+    torch.manual_seed(1)
+    torch.testing.assert_close(views, scale * strong_views(images), rtol=1e-3, atol=1e-3 * scale)
+    flat = torch.rand(400, 1, 1, 1).expand(400, 1, 32, 32)  # nothing to see, nothing added
+    assert torch.equal(strong_views(flat).flatten(1).std(1) > 1e-5, torch.zeros(400, dtype=torch.bool))
+
+
+def test_drawn_classes_are_counted_and_taken() -> None:
+    maker = SemiSupervisedBatch(LABELS, 2, DinoMix())
+    assert maker.take_drawn() == []
+    for _ in range(3):
+        maker(make_batch(False), 10 * torch.randn(3, 3, 8, 12), 5, 0.5)
+    drawn = maker.take_drawn()
+    assert sum(drawn) == 15
+    assert min(drawn) > 0
+    assert maker.take_drawn() == []
+
+
 def test_what_lies_outside_an_image_stays_empty() -> None:
     images = torch.randn(2, 1, 10, 10)
     images[:, :, :3] = 0
