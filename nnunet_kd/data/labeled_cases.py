@@ -69,9 +69,12 @@ def _groups(member: Member) -> dict[str, str]:
 def _require_all_classes(member: Member, kept: Sequence[str], cases: Sequence[str], chosen: Any) -> None:
     """Raise SettingsError where a class that the training cases have occurs in none of those that keep their labels."""
     missing = set(foreground(member)) - classes_of(member, kept)
-    if missing and missing & classes_of(member, cases):
-        names = {str(value): name for name, value in member.dataset_json["labels"].items()}
-        wording = ", ".join(sorted(names.get(str(label), str(label)) for label in missing))
+    if missing:
+        missing &= classes_of(member, cases)
+    if missing:
+        labels = member.dataset_json["labels"]
+        names = {tuple(value) if isinstance(value, list) else value: name for name, value in labels.items()}
+        wording = ", ".join(sorted(names.get(label, str(label)) for label in missing))
         advice = "Raise 'fraction' or change 'seed'" if isinstance(chosen, Labeled) else "Name more cases"
         raise SettingsError(
             f"None of the {len(kept)} cases of {member.name} that keep their labels has {wording}, so it could not be "

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nnunet_kd.data.patch_places import PatchPlaces
@@ -19,19 +20,33 @@ from nnunet_kd.data.patch_places import PatchPlaces
 OUTSIDE = -1  # nnU-Net's label of voxels that are not part of the image
 
 
+class _Outside:
+    """Of a segmentation [1, *S] only where the image ends; what nnU-Net cuts out of it is read, and nothing else."""
+
+    dtype = np.dtype(np.int16)
+
+    def __init__(self, segmentation: Any) -> None:
+        self.shape = segmentation.shape
+        self._segmentation = segmentation
+
+    def __getitem__(self, place: Any) -> NDArray[np.int16]:
+        return np.where(self._segmentation[place] < 0, np.int16(OUTSIDE), np.int16(0))
+
+
 class UnlabeledImages:
     """The images of preprocessed cases, as a dataset of nnU-Net without any labels.
 
     Args:
-        kind: nnU-Net's dataset class of the preprocessed files.
         folders: Folder to its cases.
     """
 
-    def __init__(self, kind: type[nnUNetBaseDataset], folders: Mapping[Path, Sequence[str]]) -> None:
+    def __init__(self, folders: Mapping[Path, Sequence[str]]) -> None:
         self._source: dict[str, Any] = {}
         self.folder_of: dict[str, Path] = {}
         for folder, cases in folders.items():
-            self._source |= dict.fromkeys(cases, kind(str(folder), list(cases)))
+            if not cases:
+                continue
+            self._source |= dict.fromkeys(cases, infer_dataset_class(str(folder))(str(folder), list(cases)))
             self.folder_of |= dict.fromkeys(cases, folder)
         self.identifiers = list(self._source)
 
@@ -41,8 +56,7 @@ class UnlabeledImages:
         Stock transforms need to know where the image ends if it was normalised inside that mask.
         """
         image, segmentation, _, _ = self._source[case].load_case(case)
-        outside = np.where(segmentation[:] < 0, OUTSIDE, 0).astype(np.int16)
-        return image, outside, None, {"class_locations": {}}
+        return image, _Outside(segmentation), None, {"class_locations": {}}
 
 
 class SemiSupervisedLoader(SlimDataLoaderBase):

@@ -132,16 +132,15 @@ def leakage(plan: Plan, evaluation: Evaluation, costs: Mapping[str, Any], cases:
     if not costs.get("training_cases"):
         return "unknown"
     tested = plan.recipe.datasets[evaluation.dataset if test is None or test.dataset is None else test.dataset]
-    seen, notes = set(costs["training_cases"].get(tested.folder, ())), []
-    # an adaptation has seen the images of its target, which may be tested, but not their labels
+    seen = set(costs["training_cases"].get(tested.folder, ()))
+    # semi-supervised training and adaptation may have seen images that are tested, but not their labels
     images = set(costs.get("unlabeled_cases", {}).get(tested.folder, ())) & seen
     leaked = (seen - images).intersection(cases)
     only_images = images.intersection(cases)
     if test is None:
         leaked |= {case for own in costs.get("leaked_cases", {}).values() for case in own}
-        transductive = costs.get("transductive_cases", [])
-        notes += [f"transductive: images of {len(transductive)} cases seen"] if transductive else []
-    notes += [f"images of {len(only_images)} cases seen, without labels"] if only_images else []
+    only_images -= leaked
+    notes = [f"transductive: images of {len(only_images)} cases seen, without labels"] if only_images else []
     notes += [f"labels of {len(leaked)} cases seen"] if leaked else []
     return "; ".join(notes) or NO_LEAK
 

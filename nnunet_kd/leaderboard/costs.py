@@ -46,7 +46,8 @@ def measure(run: Run, heads: Mapping[str, str] | None = None) -> dict[str, Any]:
         ``train_seconds``, ``num_steps``, ``seconds_per_step``, ``device``, ``device_name``, ``inference_seconds``,
         ``networks`` (dataset to ``parameters`` and ``gflops`` of a patch), ``training_cases`` (dataset folder to cases
         that it or its teachers have seen; of a stock trainer those of the fold in splits_final.json), ``leaked_cases``
-        (of its own validation, by teacher), ``transductive_cases`` and ``peak_gpu_memory_gb`` (of a training on CUDA).
+        (of its own validation, by teacher), ``unlabeled_cases`` (those of ``training_cases`` whose labels it did not
+        see) and ``peak_gpu_memory_gb`` (of a training on CUDA).
     """
     checkpoint = load_checkpoint(run.fold_folder / "checkpoint_final.pth")
     extra = checkpoint.get(BLOCK, {})
@@ -69,7 +70,6 @@ def measure(run: Run, heads: Mapping[str, str] | None = None) -> dict[str, Any]:
         "leaked_cases": {
             name: list(own["leaked_cases"]) for name, own in extra.get("teachers", {}).items() if own["leaked_cases"]
         },
-        "transductive_cases": list(extra.get("transductive_cases", [])),
         "peak_gpu_memory_gb": extra.get("peak_gpu_memory_gb"),
     }
 

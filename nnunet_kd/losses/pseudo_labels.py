@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from nnunet_kd.errors import SettingsError
 from nnunet_kd.losses.base import LogitsLoss, Nonlinearity, require_flag, require_number
@@ -53,7 +53,8 @@ class PseudoLabelLoss(LogitsLoss):
             confidence, labels = teacher.softmax(dim=1).max(dim=1, keepdim=True)
             sure = valid & (confidence > self.confidence)
             entropy = cross_entropy(student, labels[:, 0], reduction="none")[:, None]
-            inside = one_hot(labels[:, 0], student.shape[1]).movedim(-1, 1)[:, 1:].to(student.dtype)
+            classes = torch.arange(1, student.shape[1], device=labels.device)
+            inside = (labels == classes.view(-1, *[1] * (labels.ndim - 2))).to(student.dtype)
             probability, decided = student.softmax(dim=1)[:, 1:], _decisions(student)[:, 1:]
         else:
             likely = teacher.sigmoid()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nnunet_kd.errors import SettingsError
-from nnunet_kd.settings.definitions import Settings
+from nnunet_kd.settings.definitions import Labeled, Settings
 
 
 def check_ranges(settings: Settings) -> None:
@@ -37,6 +37,7 @@ def check_ranges(settings: Settings) -> None:
     }
     not_negative = {
         "training.seed": training.seed,
+        "labeled.seed": settings.labeled.seed if isinstance(settings.labeled, Labeled) else None,
         "training.weight_decay": training.weight_decay,
         "tasks.segmentation": tasks.segmentation,
         "tasks.classification": tasks.classification,

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -45,6 +45,16 @@ class Student:
         """One-hot channels that a cascade appends to the image."""
         total = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
         return total - len(self.channel_names)
+
+
+class HiddenCases(NamedTuple):
+    """Cases of the student's dataset whose labels no teacher of it may know.
+
+    Of ``validation`` it may not even have seen the images; ``unlabeled`` training cases are unlabelled to the student.
+    """
+
+    validation: Collection[str] = ()
+    unlabeled: Collection[str] = ()
 
 
 class BatchTeacher(ABC):
@@ -101,7 +111,7 @@ class BatchTeacher(ABC):
         levels: Sequence[str],
         tasks: Collection[str],
         compile_network: bool,
-        hidden_cases: Sequence[str],
+        hidden: HiddenCases,
     ) -> None:
         """Read the weights to ``device`` and refuse leakage.
 
@@ -110,8 +120,7 @@ class BatchTeacher(ABC):
             levels: Levels whose features are wanted.
             tasks: All tasks that will ever be wanted.
             compile_network: Whether to compile the forward pass.
-            hidden_cases: Cases of the student's dataset whose labels it may not know: those of validation, and those
-                of training that are unlabelled to the student.
+            hidden: Cases of the student's dataset whose labels it may not know.
 
         Raises:
             TeacherError: A file is broken, or does not fit.

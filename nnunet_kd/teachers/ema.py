@@ -13,7 +13,7 @@ from nnunet_kd.networks.moving_average import MovingAverage
 from nnunet_kd.settings import Teacher as TeacherSettings
 from nnunet_kd.settings import Term
 from nnunet_kd.spaces.labels import match_label_spaces
-from nnunet_kd.teachers.base import BatchTeacher, Student
+from nnunet_kd.teachers.base import BatchTeacher, HiddenCases, Student
 from nnunet_kd.teachers.output import Taught, TeacherOutput
 
 LOGITS = "teacher_logits"  # key of a batch that was shown to the teacher before it was changed for the student
@@ -65,10 +65,10 @@ class EMATeacher(BatchTeacher):
         levels: Sequence[str],
         tasks: Collection[str],
         compile_network: bool,
-        hidden_cases: Sequence[str],
+        hidden: HiddenCases,
     ) -> None:
         """There are no weights before training starts."""
-        del device, levels, tasks, hidden_cases
+        del device, levels, tasks, hidden
         self._compile = compile_network
 
     def follow(self, network: nn.Module) -> None:

@@ -21,7 +21,7 @@ from nnunet_kd.errors import SettingsError
 from nnunet_kd.losses import NEED_TARGET
 from nnunet_kd.settings import Teacher as TeacherSettings
 from nnunet_kd.settings import Term
-from nnunet_kd.teachers.base import BatchTeacher, Student
+from nnunet_kd.teachers.base import BatchTeacher, HiddenCases, Student
 from nnunet_kd.teachers.foundation_model import DEFAULT_MODEL, build_foundation
 from nnunet_kd.teachers.output import TeacherOutput
 from nnunet_kd.teachers.precision import choose_bf16, cpu_has_bf16
@@ -88,10 +88,10 @@ class FoundationTeacher(BatchTeacher):
         levels: Sequence[str],
         tasks: Collection[str],
         compile_network: bool,
-        hidden_cases: Sequence[str],
+        hidden: HiddenCases,
     ) -> None:
         """Move the model to ``device``; it has seen none of the student's cases that anybody knows of."""
-        del tasks, hidden_cases
+        del tasks, hidden
         self.levels = tuple(levels)
         network = self.model.network.to(device)
         # every case has a size of its own, for which it would be compiled again

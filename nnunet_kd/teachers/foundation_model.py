@@ -18,7 +18,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULT_MODEL = "vit_small_patch16_dinov3"
 READ_BYTES = 1 << 20
 SEED = 0  # of random weights: the same network in every process, and when a training goes on
-CNN_MULTIPLE = 32  # stride of the last features of timm's convolutional networks
+PROBE = (3, 5)  # tokens of an image that a model is tried on
+USUAL_STRIDE = 32  # of the last features, where a model does not tell
 
 
 class FoundationModel(NamedTuple):
@@ -130,12 +131,34 @@ def _timm_model(name: str, settings: Foundation) -> FoundationModel:
         if not options["pretrained"]:
             raise TeacherError(f"timm cannot make '{name}': {_first_line(error)}") from error
         raise TeacherError(_no_weights(name, settings, error)) from error
-    config = model.pretrained_cfg
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    multiple = int(patch[0]) if patch is not None else CNN_MULTIPLE
-    return FoundationModel(
-        PatchTokens(model), model.num_features, multiple, config["mean"], config["std"], f"{name}, {note}"
-    )
+    config, network, multiple = model.pretrained_cfg, PatchTokens(model), _multiple(model)
+    channels = _probed_channels(name, network, multiple)
+    return FoundationModel(network, channels, multiple, config["mean"], config["std"], f"{name}, {note}")
+
+
+def _multiple(model: Any) -> int:
+    """What the sides of its images have to be multiples of: the stride of its last features."""
+    strides = [int(own["reduction"]) for own in getattr(model, "feature_info", None) or () if "reduction" in own]
+    return max(strides, default=USUAL_STRIDE)
+
+
+def _probed_channels(name: str, network: nn.Module, multiple: int) -> int:
+    """Width of its features, seen on an image that is not square."""
+    shape = PROBE[0] * multiple, PROBE[1] * multiple
+    try:
+        with torch.no_grad():
+            tokens = network.eval()(torch.zeros(1, 3, *shape))
+        fits = tuple(tokens.shape[2:]) == PROBE
+        reason = f"it returned {tuple(tokens.shape)}"
+    except Exception as error:
+        fits, reason = False, _first_line(error)
+    if not fits:
+        raise TeacherError(
+            f"timm's '{name}' gives no map of features of an image of {shape[0]} x {shape[1]} ({reason}). Take a "
+            f"vision transformer (vit_*, deit3_*, eva02_*, samvit_*) or a convolutional network (resnet*, convnext_*); "
+            f"models of windows or of one fixed size (swin_*, beit_*, maxvit_*) cannot be used."
+        )
+    return int(tokens.shape[1])
 
 
 def _create(name: str, options: dict[str, Any]) -> Any:

@@ -28,7 +28,7 @@ from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.spaces.labels import LabelMap, LabelSpace, match_label_spaces
 from nnunet_kd.tasks.detection_head import BoxMaps
 from nnunet_kd.tasks.detection_plan import DetectionPlan
-from nnunet_kd.teachers.base import BatchTeacher, Student
+from nnunet_kd.teachers.base import BatchTeacher, HiddenCases, Student
 from nnunet_kd.teachers.checkpoint import (
     check_joint_plans,
     checkpoint_file,
@@ -271,13 +271,13 @@ class NNUNetTeacher(BatchTeacher):
         levels: Sequence[str],
         tasks: Collection[str],
         compile_network: bool,
-        hidden_cases: Sequence[str],
+        hidden: HiddenCases,
     ) -> None:
         """Read the weights of every fold, see :meth:`BatchTeacher.load`."""
         for file in self.files:
             checkpoint = load_checkpoint(file)
             self.check_checkpoint(file, checkpoint)
-            self._check_leakage(file, checkpoint, set(hidden_cases))
+            self._check_leakage(file, checkpoint, hidden)
             network = self.build_network()
             try:
                 network.load_state_dict(checkpoint["network_weights"])
@@ -305,11 +305,13 @@ class NNUNetTeacher(BatchTeacher):
                 f'images. Give it "kind": "class_average" in the settings.'
             )
 
-    def _check_leakage(self, file: Path, checkpoint: dict[str, Any], hidden_cases: set[str]) -> None:
+    def _check_leakage(self, file: Path, checkpoint: dict[str, Any], hidden: HiddenCases) -> None:
         training_cases = self._training_cases(file, checkpoint)
         for dataset, cases in training_cases.items():
             self.training_cases.setdefault(dataset, set()).update(cases)
-        seen = sorted(hidden_cases & training_cases.get(self.student.dataset, set()))
+        own = training_cases.get(self.student.dataset, set())
+        only_images = checkpoint.get(BLOCK, {}).get("unlabeled_cases", {}).get(self.student.dataset, ())
+        seen = sorted(own.intersection(hidden.validation) | own.intersection(hidden.unlabeled).difference(only_images))
         if seen and not self.settings.allow_leakage:
             raise LeakageError(
                 f"Teacher '{self.name}' ({file}) was trained on {len(seen)} cases of {self.student.dataset} that are "

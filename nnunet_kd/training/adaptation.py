@@ -172,7 +172,7 @@ class nnUNetTrainerAdaIN(PredictsWithOthers):
             f"{self.num_source} + {self.num_target} patches per step. Stage 2 begins with epoch {self.stage_2_epoch}.",
             add_timestamp=False,
         )
-        images = UnlabeledImages(member.dataset_class, {self.target.folder: self.target.training})
+        images = UnlabeledImages({self.target.folder: self.target.training})
         with environment({"nnUNet_n_proc_DA": "0"}):  # stock nnU-Net then returns the bare loaders
             labeled, validation = (augmenter.data_loader for augmenter in super().get_dataloaders())
         training = SemiSupervisedLoader(labeled, images, self.num_source, self.num_target, self.label_manager)

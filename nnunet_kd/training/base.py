@@ -262,6 +262,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -
         name = f"{where}.{key}" if where else key
         if name in ("training.save_every", "training.num_threads") or before.get(key) == now.get(key):
             continue
+        if key == "weights" and before.get("sha256") is not None and before["sha256"] == now.get("sha256"):
+            continue  # the same file in another place
         if isinstance(before.get(key), dict) and isinstance(now.get(key), dict):
             result += _differences(before[key], now[key], name)
         else:

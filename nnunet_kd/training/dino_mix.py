@@ -40,12 +40,18 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
         "teachers": {"ema": {"kind": "ema"}, "foundation": {"kind": "foundation"}},
     }
     samples: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "mixed")
+    unlabeled_cases: frozenset[str] | set[str] = frozenset()  # whose images were seen, also before training went on
 
     # ---- settings ---------------------------------------------------------------------------------------------------
 
     def method_preset(self, given: dict[str, Any]) -> dict[str, Any]:
         """The terms of the parts that are switched on."""
         parts = check_types({"dino_mix": given.get("dino_mix", {})}).dino_mix
+        if "terms" in given and "unsupervised_weight" in given.get("dino_mix", {}):
+            raise SettingsError(
+                "'dino_mix.unsupervised_weight' is that of the standard terms, but 'terms' names others, which have "
+                "weights of their own. Remove one of the two."
+            )
         return merge(self.preset, {"terms": terms_of(parts)})
 
     def resolve_settings(self, plans: dict, configuration: str, fold: int | str) -> Settings:
@@ -92,8 +98,9 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
         cases = [*(case for case in training if case not in known), *self.transductive_cases]
         check_added(member)
         folders = {member.data_folder: cases, added_folder(member): added_cases(member)}
-        images = UnlabeledImages(member.dataset_class, folders)
-        self.seen_cases[member.name].update(images.identifiers)
+        images = UnlabeledImages(folders)
+        self.unlabeled_cases = self.unlabeled_cases | set(images.identifiers)
+        self.seen_cases[member.name] |= self.unlabeled_cases
         if not images.identifiers:
             raise SettingsError(
                 f"There are no unlabelled images of {member.name}. Add some: nnUNetKD_add_unlabeled -d "
@@ -205,10 +212,11 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
     # ---- checkpoint and results -------------------------------------------------------------------------------------
 
     def checkpoint_extra(self) -> dict[str, Any]:
-        """Also the class frequencies, and what was trained on without labels though it is validated on."""
+        """Also the class frequencies, and whose images were seen without labels; these of validation apart."""
         extra = super().checkpoint_extra()
         extra["class_frequencies"] = self.semi_supervised.frequencies.state()
         extra["transductive_cases"] = self.transductive_cases
+        extra["unlabeled_cases"] = {self.plans_manager.dataset_name: sorted(self.unlabeled_cases)}
         return extra
 
     def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
@@ -216,6 +224,7 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
         super().load_checkpoint_extra(extra)
         self.restored_frequencies = extra["class_frequencies"]
         self.transductive_cases = extra["transductive_cases"]
+        self.unlabeled_cases = set(extra.get("unlabeled_cases", {}).get(self.plans_manager.dataset_name, ()))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Stock validation; results of transductive training say so."""

@@ -37,7 +37,7 @@ def terms_of(parts: DinoMix) -> list[dict[str, Any]]:
 
 
 def check_terms(settings: Settings) -> list[Term]:
-    """The terms; one of a foundation teacher that names no samples compares the natural ones.
+    """The terms, with the samples of a foundation teacher and the confidence of pseudo labels where they name none.
 
     Raises:
         SettingsError: They contradict the switches, or need a moving average that is not there.
@@ -46,14 +46,19 @@ def check_terms(settings: Settings) -> list[Term]:
     kinds = {name: teacher.kind for name, teacher in settings.teachers.items()}
     _check_parts(settings, kinds)
     _check_average(settings, kinds)
+    _check_samples(settings, kinds)
     if "class_average" in (kinds[term.teacher] for term in settings.terms):
         raise NotImplementedError(
             "A class-average teacher needs the labels of all samples, which DINO-Mix does not have. Use "
             "-tr nnUNetTrainerSIKDStudent, or remove its terms."
         )
-    return [
+    terms = [
         replace(term, samples=NATURAL) if kinds[term.teacher] == "foundation" and not term.samples else term
         for term in settings.terms
+    ]
+    confidence = {"confidence": settings.dino_mix.confidence}
+    return [
+        replace(term, options={**confidence, **term.options}) if term.loss == "pseudo_label" else term for term in terms
     ]
 
 
@@ -73,6 +78,17 @@ def _check_parts(settings: Settings, kinds: Mapping[str, str]) -> None:
             raise SettingsError(
                 f"'terms[{index}].options.confidence' is {confidence}, but 'dino_mix.confidence', by which samples are "
                 f"mixed, is {parts.confidence}. Set both to the same."
+            )
+
+
+def _check_samples(settings: Settings, kinds: Mapping[str, str]) -> None:
+    """Raise SettingsError where a moving average would be asked about what has labels."""
+    for index, term in enumerate(settings.terms):
+        if kinds[term.teacher] == "ema" and (not term.samples or "labeled" in term.samples):
+            raise SettingsError(
+                f"'terms[{index}].samples' is {list(term.samples) or 'not given, which means all'}, but what a moving "
+                f"average says of labelled samples is replaced by their labels here. Set it to ['unlabeled'], "
+                f"['mixed'] or both."
             )
 
 

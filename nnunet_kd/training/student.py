@@ -38,7 +38,7 @@ from nnunet_kd.settings import (
 )
 from nnunet_kd.spaces.channels import channel_names
 from nnunet_kd.tasks.detection_plan import DetectionPlan
-from nnunet_kd.teachers.base import BatchTeacher, Student
+from nnunet_kd.teachers.base import BatchTeacher, HiddenCases, Student
 from nnunet_kd.teachers.discover import class_average_model, discover_joint_teacher, is_wanted
 from nnunet_kd.teachers.forward import pooled_channels, speaking_heads
 from nnunet_kd.teachers.kinds import TEACHERS
@@ -227,14 +227,14 @@ class nnUNetTrainerKDStudent(TaskTrainer):
         if self.fold == "all":
             validation_cases = []  # there are none that training leaves out
         known = {*training_cases, *validation_cases}
-        hidden_cases = [case for case in self.fold_split()[0] if case not in known]  # their labels are not to be used
+        hidden = HiddenCases(validation_cases, [case for case in self.fold_split()[0] if case not in known])
         self.loss: Any = self._distillation_loss(self.loss)
         asked = self.loss.asked()
         self.leaked_cases: dict[str, list[str]] = {}
         self.seen_cases = {self.plans_manager.dataset_name: set(training_cases)}
         for name, teacher in self.teachers.items():
             levels = _levels(self._terms_of(name))
-            teacher.load(self.device, levels, asked[name], self._do_i_compile(), [*validation_cases, *hidden_cases])
+            teacher.load(self.device, levels, asked[name], self._do_i_compile(), hidden)
             for dataset, cases in teacher.training_cases.items():
                 self.seen_cases.setdefault(dataset, set()).update(cases)
             self.leaked_cases[name] = teacher.leaked_cases

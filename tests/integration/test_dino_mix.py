@@ -233,6 +233,22 @@ def test_a_teacher_that_knows_the_labels_of_unlabelled_cases_is_refused(planned:
     train(copied, 1, settings=few, trainer="nnUNetTrainerSIKDStudent")
 
 
+def test_a_semi_supervised_teacher_of_the_same_labels_may_teach(planned: Any, tmp_path: Path) -> None:
+    copied = planned.copy(tmp_path)
+    train(copied, 1, settings={**SETTINGS, "dino_mix": {"foundation": False}})
+    ours, few = final(copied, ALPHA)["nnunet_kd"], {"training": SHORT, "labeled": SETTINGS["labeled"]}
+    hidden = ours["unlabeled_cases"][ALPHA]
+    assert len(hidden) == 2
+    assert set(hidden) < set(splits(copied, ALPHA)["train"])
+    own = {"kind": "nnunet", "model": f"{ALPHA}/nnUNetTrainerDINOMix__nnUNetPlans__3d_fullres"}
+    taught = {**few, "teachers": {"own": own}, "terms": [{"teacher": "own", "on": "logits", "loss": "kl"}]}
+    train(copied, 1, settings=taught, trainer="nnUNetTrainerKDStudent")
+    fewer = {**taught, "labeled": [next(case for case in splits(copied, ALPHA)["train"] if case in hidden)]}
+    shutil.rmtree(copied.results / ALPHA / "nnUNetTrainerKDStudent__nnUNetPlans__3d_fullres")
+    refused = train(copied, 1, settings=fewer, trainer="nnUNetTrainerKDStudent", check=False)
+    assert "was trained on 2 cases of Dataset001_Alpha" in refused  # whose labels it has seen
+
+
 def test_2d(planned: Any, tmp_path: Path) -> None:
     copied = planned.copy(tmp_path)
     copied.run("nnUNetv2_preprocess", "-d", "1", "-c", "2d", "-np", "1", nnUNet_n_proc_DA="1")
@@ -292,6 +308,10 @@ def test_parts_are_switched_off(planned: Any, tmp_path: Path, parts: dict[str, A
         ({"terms": [{**FEATURES, "samples": ["mixed"]}]}, "mixed by the pseudo labels of a moving average"),
         ({"terms": [{**FEATURES, "foreground_only": True}]}, "asks for the class of voxels"),
         (TWO_AVERAGES, "several moving"),
+        ({"terms": [{"teacher": "ema", "samples": []}]}, "'terms.0..samples' is not given, which means all, but"),
+        ({"dino_mix": {"unsupervised_weight": 1}, "terms": [FEATURES]}, "unsupervised_weight' is that of the standard"),
+        ({"labeled": {"fraction": 0.5, "seed": -1}}, "'labeled.seed' is -1"),
+        ({"teachers": {"foundation": {**TINY_VIT, "model": "swin_tiny_patch4_window7_224"}}}, "gives no map of"),
         ({"teachers": {"foundation": {"foundation": {"sha256": "0"}}}}, "sha256' is that of a file"),
     ],
 )  # fmt: skip

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
+from nnunet_kd.data import labeled_cases
 from nnunet_kd.data.labeled_cases import draw
+from nnunet_kd.errors import SettingsError
 from nnunet_kd.settings import Labeled
 
 CASES = [f"case_{index:03d}" for index in range(60)]
@@ -43,3 +48,12 @@ def test_a_case_whose_name_is_that_of_a_group_is_not_in_it() -> None:
     assert len(draw(["a", "b", "c"], {"b": "a", "c": "a"}, Labeled(0.34, seed=0))) in (1, 2)
     sizes = {len(draw(["a", "b", "c"], {"b": "a", "c": "a"}, Labeled(0.34, seed=seed))) for seed in range(20)}
     assert sizes == {1, 2}
+
+
+def test_regions_that_no_labelled_case_has_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = {"background": 0, "whole": [1, 2], "core": 2, "never": 3}
+    member: Any = SimpleNamespace(name="Dataset001_A", dataset_json={"labels": labels})
+    monkeypatch.setattr(labeled_cases, "foreground", lambda member: [(1, 2), 2, 3])
+    monkeypatch.setattr(labeled_cases, "classes_of", lambda member, cases: set() if cases == ["a"] else {(1, 2), 2})
+    with pytest.raises(SettingsError, match=r"has core, whole, so it could not be learned\. Raise 'fraction'"):
+        labeled_cases._require_all_classes(member, ["a"], ["a", "b"], Labeled(0.1))

@@ -197,11 +197,15 @@ def test_leaks_are_named(make_small_plan: MakePlan) -> None:
         for test in ("", "b")
     )
     costs = {
-        "training_cases": {"Dataset001_Alpha": ["a3", "a4"], "Dataset002_Beta": ["b1", "b2"]},
+        "training_cases": {"Dataset001_Alpha": ["a1", "a2", "a3", "a4"], "Dataset002_Beta": ["b1", "b2"]},
+        "unlabeled_cases": {"Dataset001_Alpha": ["a1", "a2", "a3"]},
         "leaked_cases": {"joint": ["a1"]},
-        "transductive_cases": ["a1", "a2"],
     }
-    assert leakage(plan, own, costs, ["a1", "a2"]) == "transductive: images of 2 cases seen; labels of 1 cases seen"
+    assert leakage(plan, own, costs, ["a1", "a2"]) == (
+        "transductive: images of 1 cases seen, without labels; labels of 1 cases seen"
+    )
+    del costs["leaked_cases"]
+    assert leakage(plan, own, costs, ["a1", "a2"]) == "transductive: images of 2 cases seen, without labels"
     assert leakage(plan, other, costs, ["b2", "b3"]) == "labels of 1 cases seen"
     assert leakage(plan, other, costs, ["b3"]) == "none"
     assert leakage(plan, own, {}, ["a1"]) == "unknown"
@@ -212,7 +216,9 @@ def test_leaks_are_named(make_small_plan: MakePlan) -> None:
         "training_cases": {"Dataset002_Beta": ["b1", "b2", "b4"]},
         "unlabeled_cases": {"Dataset002_Beta": ["b2", "b4"]},
     }
-    assert leakage(plan, other, adapted, ["b2", "b3", "b4"]) == "images of 2 cases seen, without labels"
+    assert leakage(plan, other, adapted, ["b2", "b3", "b4"]) == (
+        "transductive: images of 2 cases seen, without labels"
+    )
 
 
 def test_predictions_that_are_missing_are_listed(make_small_plan: MakePlan, finish: Finish) -> None:

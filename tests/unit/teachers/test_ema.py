@@ -17,6 +17,7 @@ from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import SettingsError, TeacherError
 from nnunet_kd.networks.taps import find_stage, tap
 from nnunet_kd.settings import Teacher, Term
+from nnunet_kd.teachers.base import HiddenCases
 from nnunet_kd.teachers.ema import LOGITS, EMATeacher
 
 
@@ -36,7 +37,7 @@ def student(segmentation: bool = True) -> Any:
 
 def teacher(decay: float = 0.9) -> EMATeacher:
     own = EMATeacher("ema", Teacher(kind="ema", decay=decay), student())
-    own.load(torch.device("cpu"), [], set(), False, [])
+    own.load(torch.device("cpu"), [], set(), False, HiddenCases())
     return own
 
 

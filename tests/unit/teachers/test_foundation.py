@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nnunet_kd.errors import SettingsError, TeacherError
 from nnunet_kd.settings import Foundation, Teacher, Term
+from nnunet_kd.teachers.base import HiddenCases
 from nnunet_kd.teachers.foundation import SEEN, FoundationTeacher
 from nnunet_kd.teachers.foundation_model import build_foundation
 from nnunet_kd.teachers.token_maps import TokenMaps
@@ -53,7 +54,7 @@ def teacher(scheme: str = "CTNormalization", spacing: tuple[float, ...] = (3.0, 
     model = options.pop("model", f"{__name__}:MeanColour")
     settings = Teacher(kind="foundation", model=model, precision="float32", foundation=Foundation(**options))
     own = FoundationTeacher("foundation", settings, student(scheme, spacing))
-    own.load(torch.device("cpu"), ["encoder@1/16"], set(), False, [])
+    own.load(torch.device("cpu"), ["encoder@1/16"], set(), False, HiddenCases())
     return own
 
 
@@ -164,7 +165,7 @@ def test_what_tokens_depend_on_has_maps_of_its_own(tmp_path: Path, monkeypatch: 
 def test_a_network_that_sees_cases_of_all_sizes_is_not_compiled() -> None:
     for cache in (False, True):
         own = teacher(size=32, cache=cache)
-        own.load(torch.device("cpu"), ["encoder@1/16"], set(), True, [])
+        own.load(torch.device("cpu"), ["encoder@1/16"], set(), True, HiddenCases())
         assert isinstance(own.network, MeanColour) == cache
 
 
@@ -189,12 +190,18 @@ def test_patch_tokens_of_timm_are_the_last_blocks_without_class_tokens() -> None
     assert built.multiple == 16
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2", "resnet18"])
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "resnet18", "efficientnet_b0", "pvt_v2_b0"])
 def test_models_of_timm_give_maps(name: str) -> None:
     built = build_foundation(name, Foundation(pretrained=False))
     size = 2 * built.multiple
     with torch.no_grad():
         assert built.network(torch.randn(1, 3, size, 2 * size)).shape == (1, built.channels, 2, 4)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vgg11", "hiera_tiny_224"])
+def test_models_that_give_no_maps_are_refused(name: str) -> None:
+    with pytest.raises(TeacherError, match=f"timm's '{name}' gives no map of features of an image of 96 x 160"):
+        build_foundation(name, Foundation(pretrained=False))
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])

@@ -1,6 +1,8 @@
-"""The loss without its Dice part."""
+"""The loss without its Dice part, and which settings a training must keep."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from nnunet_kd.training.base import NoDice
+from nnunet_kd.settings import resolve_settings
+from nnunet_kd.training.base import NoDice, _differences
 
 DICE = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
 
@@ -47,3 +50,15 @@ def test_a_batch_without_annotations_still_has_a_gradient() -> None:
     loss(logits, torch.full((1, 1, 8, 8), 3.0)).backward()
     assert logits.grad is not None
     assert not logits.grad.any()
+
+
+def test_weights_may_move_but_not_change() -> None:
+    def settings(**own: str) -> dict[str, Any]:
+        teacher = {"kind": "foundation", "foundation": own}
+        return resolve_settings({"teachers": {"foundation": teacher}}).to_dict()
+
+    before = settings(weights="/a/model.safetensors", sha256="aa")
+    assert _differences(before, settings(weights="/b/model.safetensors", sha256="aa")) == []
+    assert len(_differences(before, settings(weights="/b/model.safetensors", sha256="bb"))) == 2
+    unchecked = (settings(weights=file) for file in ("/a/model.safetensors", "/b/model.safetensors"))
+    assert len(_differences(*unchecked)) == 1
