@@ -71,6 +71,20 @@ class Recorder(nnUNetTrainerKDTeacher):
         return super().train_step(batch)
 """
 
+AVERAGES = """
+import json
+from pathlib import Path
+from nnunet_kd.training.dino_mix import nnUNetTrainerDINOMix
+
+class Averages(nnUNetTrainerDINOMix):
+    def train_step(self, batch):
+        result = super().train_step(batch)
+        weights = [float(value.double().sum()) for value in self.average.network.state_dict().values()]
+        found = {"shape": list(batch["data"].shape), "weights": weights}
+        Path(self.output_folder, f"rank{self.local_rank}.json").write_text(json.dumps(found))
+        return result
+"""
+
 
 def free_port() -> str:
     with socket.socket() as found:
@@ -167,6 +181,27 @@ def test_student_on_two_nodes(world: Any, tmp_path: Path, monkeypatch: pytest.Mo
     )  # fmt: skip
     (file,) = (tmp_path / "out").glob("*.png")
     assert np.asarray(Image.open(file)).shape == (36, 40)
+
+
+def test_semi_supervised_training(world: Any, tmp_path: Path) -> None:
+    """Every process has labelled and unlabelled patches of its own; their moving averages are the same."""
+    (tmp_path / "Averages.py").write_text(AVERAGES)
+    file = world.preprocessed / ALPHA / "nnUNetPlans.json"
+    plans = {**json.loads(file.read_text()), "plans_name": "Four"}
+    plans["configurations"]["2d"]["batch_size"] = 4
+    file.with_name("Four.json").write_text(json.dumps(plans))
+    vit = {"model": "test_vit", "foundation": {"pretrained": False, "size": 32}}
+    settings = {"training": SHORT, "labeled": {"fraction": 0.5}, "teachers": {"foundation": vit}}
+    settings["dino_mix"] = {"predict_with": "ema"}
+    outputs = train(world, *arguments(1, "Averages", "-p", "Four"), settings=settings, nnUNet_extTrainer=str(tmp_path))
+    assert "2 labelled and 3 unlabelled images; 1 + 1 patches and 1 mixed ones per step" in outputs[0]
+    fold = fold_of(world, ALPHA, "Averages", "Four")
+    first, second = (json.loads((fold / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first["shape"][0] == 2
+    assert first["weights"] == pytest.approx(second["weights"], rel=1e-6, abs=1e-6)
+    checkpoint = load_checkpoint(fold / "checkpoint_final.pth")
+    assert checkpoint["nnunet_kd"]["teacher_states"]["ema"]["step"] == 4
+    assert len(json.loads((fold / "validation" / "summary.json").read_text())["metric_per_case"]) == 2
 
 
 def test_control_continues(world: Any) -> None:
