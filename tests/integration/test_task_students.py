@@ -20,7 +20,7 @@ from nnunet_kd.errors import TeacherError
 from nnunet_kd.networks.multitask import planned_heads
 from nnunet_kd.settings import Teacher
 from nnunet_kd.tasks.detection_plan import DetectionPlan
-from nnunet_kd.teachers.base import Student
+from nnunet_kd.teachers.base import HiddenCases, Student
 from nnunet_kd.teachers.nnunet import NNUNetTeacher
 
 pytestmark = pytest.mark.integration
@@ -177,7 +177,7 @@ def test_joint_teacher_of_strangers_speaks_as_the_member_that_is_named(
     image = torch.randn(2, 1, *configuration.patch_size)
     for head in (MASKS, CLASSES):
         teacher = NNUNetTeacher("joint", Teacher(model=model, head=head, precision="float32"), student)
-        teacher.load(torch.device("cpu"), ["bottleneck"], teacher.taught.tasks, False, [])
+        teacher.load(torch.device("cpu"), ["bottleneck"], teacher.taught.tasks, False, HiddenCases())
         output = teacher({"data": image}, teacher.taught.tasks)
         assert output.features["bottleneck"].shape[:2] == (2, teacher.stages["bottleneck"].channels)
         taught[head] = teacher.taught.tasks, {name: logits.shape for name, logits in output.classification.items()}
@@ -227,7 +227,7 @@ def test_teacher_speaks_in_the_students_order_and_averages_its_folds(
     settings = Teacher(model=str(folder), fold=[0, 1], precision="float32")
     teacher = NNUNetTeacher("x", settings, student)
     assert teacher.taught.tasks == ("segmentation", "classification", "detection")
-    teacher.load(torch.device("cpu"), ["bottleneck"], teacher.taught.tasks, False, [])
+    teacher.load(torch.device("cpu"), ["bottleneck"], teacher.taught.tasks, False, HiddenCases())
 
     image = torch.randn(2, 1, *configuration.patch_size)
     output = teacher({"data": image}, teacher.taught.tasks)
