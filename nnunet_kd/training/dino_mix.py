@@ -40,7 +40,7 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
         "teachers": {"ema": {"kind": "ema"}, "foundation": {"kind": "foundation"}},
     }
     samples: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "mixed")
-    unlabeled_cases: frozenset[str] | set[str] = frozenset()  # whose images were seen, also before training went on
+    unlabeled_cases: frozenset[str] = frozenset()  # whose images were seen, also before training went on
 
     # ---- settings ---------------------------------------------------------------------------------------------------
 
@@ -92,14 +92,13 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
         """Training cases without labels, the added ones, and if that is asked for the validation cases."""
         member, plans_name = self.own_dataset(), self.plans_manager.plans_name
         (labeled, validation), (training, _) = self.do_split(), self.fold_split()
-        transductive = validation if self.settings.dino_mix.transductive and self.fold != "all" else []
-        self.transductive_cases = sorted(transductive)
+        transductive = sorted(validation) if self.settings.dino_mix.transductive and self.fold != "all" else []
         known = set(labeled)
-        cases = [*(case for case in training if case not in known), *self.transductive_cases]
+        cases = [*(case for case in training if case not in known), *transductive]
         check_added(member)
         folders = {member.data_folder: cases, added_folder(member): added_cases(member)}
         images = UnlabeledImages(folders)
-        self.unlabeled_cases = self.unlabeled_cases | set(images.identifiers)
+        self.unlabeled_cases |= set(images.identifiers)
         self.seen_cases[member.name] |= self.unlabeled_cases
         if not images.identifiers:
             raise SettingsError(
@@ -112,9 +111,9 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
             f"{self.num_unlabeled} patches and {self.num_mixes if self._mixes else 0} mixed ones per step",
             add_timestamp=False,
         )
-        if self.transductive_cases:
+        if transductive:
             self.print_to_log_file(
-                f"TRANSDUCTIVE: the images of {len(self.transductive_cases)} validation cases are trained on without "
+                f"TRANSDUCTIVE: the images of {len(transductive)} validation cases are trained on without "
                 f"their labels.",
                 add_timestamp=False,
             )
@@ -212,10 +211,9 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
     # ---- checkpoint and results -------------------------------------------------------------------------------------
 
     def checkpoint_extra(self) -> dict[str, Any]:
-        """Also the class frequencies, and whose images were seen without labels; these of validation apart."""
+        """Also the class frequencies, and whose images were seen without labels."""
         extra = super().checkpoint_extra()
         extra["class_frequencies"] = self.semi_supervised.frequencies.state()
-        extra["transductive_cases"] = self.transductive_cases
         extra["unlabeled_cases"] = {self.plans_manager.dataset_name: sorted(self.unlabeled_cases)}
         return extra
 
@@ -223,11 +221,11 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
         """Restore :meth:`checkpoint_extra`."""
         super().load_checkpoint_extra(extra)
         self.restored_frequencies = extra["class_frequencies"]
-        self.transductive_cases = extra["transductive_cases"]
-        self.unlabeled_cases = set(extra.get("unlabeled_cases", {}).get(self.plans_manager.dataset_name, ()))
+        self.unlabeled_cases = frozenset(extra["unlabeled_cases"][self.plans_manager.dataset_name])
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Stock validation; results of transductive training say so."""
         super().perform_actual_validation(save_probabilities)
-        if self.transductive_cases:
-            self.note_in_summary("transductive", self.transductive_cases)
+        transductive = sorted(self.unlabeled_cases.intersection(self.fold_split()[1])) if self.fold != "all" else []
+        if transductive:
+            self.note_in_summary("transductive", transductive)

@@ -151,7 +151,12 @@ def test_validation_images_are_used_only_if_asked_for(planned: Any, tmp_path: Pa
     assert "TRANSDUCTIVE: the images of 1 validation cases" in output
     summary = json.loads((fold(copied, ALPHA) / "validation" / "summary.json").read_text())
     assert summary["nnunet_kd"]["transductive"] == validation
-    assert validation[0] in final(copied, ALPHA)["nnunet_kd"]["training_cases"][ALPHA]
+    ours = final(copied, ALPHA)["nnunet_kd"]
+    assert set(validation) < set(ours["training_cases"][ALPHA])
+    assert set(validation) < set(ours["unlabeled_cases"][ALPHA])
+    train(copied, 1, "--val", settings={**SETTINGS, "dino_mix": {"transductive": True}})
+    again = json.loads((fold(copied, ALPHA) / "validation" / "summary.json").read_text())
+    assert again["nnunet_kd"]["transductive"] == validation
 
 
 def test_the_average_can_be_the_network_that_predicts_and_training_goes_on(planned: Any, tmp_path: Path) -> None:
