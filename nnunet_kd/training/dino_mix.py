@@ -226,6 +226,5 @@ class nnUNetTrainerDINOMix(PredictsWithOthers, nnUNetTrainerKDStudent):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Stock validation; results of transductive training say so."""
         super().perform_actual_validation(save_probabilities)
-        transductive = sorted(self.unlabeled_cases.intersection(self.fold_split()[1])) if self.fold != "all" else []
-        if transductive:
-            self.note_in_summary("transductive", transductive)
+        if self.settings.dino_mix.transductive and self.fold != "all":
+            self.note_in_summary("transductive", sorted(self.unlabeled_cases.intersection(self.fold_split()[1])))
