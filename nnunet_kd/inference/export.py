@@ -107,8 +107,8 @@ def write_plain_model(plain: PlainModel, folder: Path, fingerprint: Path | None 
             },
             "inference_allowed_mirroring_axes": plain.mirroring_axes,
         }
-        if fold in plain.training_cases:  # plain names, which stock nnU-Net does not look at
-            checkpoint[BLOCK] = {"training_cases": plain.training_cases[fold]}
+        if fold in plain.seen_cases:  # plain names, which stock nnU-Net does not look at
+            checkpoint[BLOCK] = plain.seen_cases[fold]
         (folder / f"fold_{fold}").mkdir()
         torch.save(checkpoint, folder / f"fold_{fold}" / CHECKPOINT)
 

@@ -33,6 +33,7 @@ from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.labels import LabelMap
 
 STOCK_NETWORKS = "dynamic_network_architectures."
+SEEN = ("training_cases", "unlabeled_cases")  # what a checkpoint of ours records of the cases that it has seen
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class PlainModel:
         mirroring_axes: Axes that test-time mirroring may flip; None if there are none.
         member: The joint teacher's member whose view this is; None for a model of one dataset.
         label_map: From the member's labels to its shared head's, where the outputs are the member's labels.
-        training_cases: What each fold recorded of the cases that it has seen, so that it cannot teach across a leak.
+        seen_cases: What each fold recorded of the cases that it has seen (``SEEN``), so that it cannot teach across a
+            leak.
     """
 
     plans: dict[str, Any]
@@ -57,7 +59,7 @@ class PlainModel:
     mirroring_axes: tuple[int, ...] | None
     member: str | None = None
     label_map: LabelMap | None = None
-    training_cases: dict[Fold, dict[str, list[str]]] = field(default_factory=dict)
+    seen_cases: dict[Fold, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def plans_manager(self) -> PlansManager:
@@ -143,7 +145,7 @@ def plain_member_model(model: TrainedModel, member_name: str, own_labels: bool, 
     """
     joint = model.joint
     assert joint is not None
-    weights, configuration, _, mirroring_axes, training_cases = _load(model)
+    weights, configuration, _, mirroring_axes, seen_cases = _load(model)
     member = joint.recorded_member(member_name, configuration)
     teacher = PlansManager(model.plans).get_configuration(configuration)
     cascaded = teacher.previous_stage_name is not None
@@ -162,7 +164,7 @@ def plain_member_model(model: TrainedModel, member_name: str, own_labels: bool, 
         dataset_json, label_map = _head_dataset_json(joint, member, cascaded), None
     if any(heads):
         dataset_json[BLOCK] = copy.deepcopy(member.dataset_json[BLOCK])  # declares the tasks
-    plain = PlainModel(plans, dataset_json, configuration, {}, mirroring_axes, member_name, label_map, training_cases)
+    plain = PlainModel(plans, dataset_json, configuration, {}, mirroring_axes, member_name, label_map, seen_cases)
     route = joint.routes(cascaded)[member_name]
     network = plain.build_network()
     for fold in list(weights):
@@ -189,7 +191,7 @@ def plain_single_model(model: TrainedModel) -> PlainModel:
             f"nnUNetKD_predict where nnunet_kd is installed."
         )
     plans, dataset_json = without_block(model.plans), without_block(model.dataset_json)
-    weights, configuration, trainer_name, mirroring_axes, training_cases = _load(model)
+    weights, configuration, trainer_name, mirroring_axes, seen_cases = _load(model)
     trained = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
     only_stock = stock_one_step_weights if planned_network(trained) == "conditional_unet" else stock_weights
     weights = {fold: only_stock(own) for fold, own in weights.items()}
@@ -199,15 +201,15 @@ def plain_single_model(model: TrainedModel) -> PlainModel:
             to_stock = stock_backbone if planned_network(own) == "conditional_unet" else stock_architecture
             content["architecture"] = to_stock(own)
     check_stock_network(plans, configuration, trainer_name)
-    return PlainModel(plans, dataset_json, configuration, weights, mirroring_axes, training_cases=training_cases)
+    return PlainModel(plans, dataset_json, configuration, weights, mirroring_axes, seen_cases=seen_cases)
 
 
 def _load(
     model: TrainedModel,
-) -> tuple[dict[Fold, dict[str, Tensor]], str, str, tuple[int, ...] | None, dict[Fold, dict[str, list[str]]]]:
+) -> tuple[dict[Fold, dict[str, Tensor]], str, str, tuple[int, ...] | None, dict[Fold, dict[str, Any]]]:
     """Weights per fold; configuration, trainer name and mirroring axes of the first fold, as stock prediction does.
 
-    Last the recorded training cases of the folds that have them.
+    Last what the folds recorded of the cases that they have seen.
     """
     checkpoints = {fold: model.load(fold) for fold in model.files}
     first = next(iter(checkpoints.values()))
@@ -217,7 +219,7 @@ def _load(
         first["trainer_name"],
         first.get("inference_allowed_mirroring_axes"),
         {
-            fold: checkpoint[BLOCK]["training_cases"]
+            fold: {key: checkpoint[BLOCK][key] for key in SEEN if key in checkpoint[BLOCK]}
             for fold, checkpoint in checkpoints.items()
             if "training_cases" in checkpoint.get(BLOCK, {})
         },

@@ -248,6 +248,11 @@ def test_a_semi_supervised_teacher_of_the_same_labels_may_teach(planned: Any, tm
     own = {"kind": "nnunet", "model": f"{ALPHA}/nnUNetTrainerDINOMix__nnUNetPlans__3d_fullres"}
     taught = {**few, "teachers": {"own": own}, "terms": [{"teacher": "own", "on": "logits", "loss": "kl"}]}
     train(copied, 1, settings=taught, trainer="nnUNetTrainerKDStudent")
+    exported = tmp_path / "exported"
+    copied.run("nnUNetKD_export", "-m", copied.results / own["model"], "-o", exported, "-f", "0")
+    again = {**taught, "teachers": {"own": {**own, "model": str(exported)}}}
+    shutil.rmtree(copied.results / ALPHA / "nnUNetTrainerKDStudent__nnUNetPlans__3d_fullres")
+    train(copied, 1, settings=again, trainer="nnUNetTrainerKDStudent")
     fewer = {**taught, "labeled": [next(case for case in splits(copied, ALPHA)["train"] if case in hidden)]}
     shutil.rmtree(copied.results / ALPHA / "nnUNetTrainerKDStudent__nnUNetPlans__3d_fullres")
     refused = train(copied, 1, settings=fewer, trainer="nnUNetTrainerKDStudent", check=False)
