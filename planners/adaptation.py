@@ -26,6 +26,7 @@ from nnunet_kd.data.domains import (
     target_folder,
     target_name,
 )
+from nnunet_kd.data.folds import planned_splits
 from nnunet_kd.data.image_headers import read_header
 from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.data.tasks import Tasks
@@ -35,7 +36,7 @@ from nnunet_kd.networks.task_codes import task_code_architecture
 from nnunet_kd.networks.width import scale_width
 from nnunet_kd.planners.members import StockSteps, member_cases, prepare_member
 from nnunet_kd.planners.student_planner import MIN_FEATURES
-from nnunet_kd.planners.tasks import declared_tasks, planned_splits, prepare_side_files, write_splits
+from nnunet_kd.planners.tasks import declared_tasks, prepare_side_files, write_splits
 from nnunet_kd.settings import BLOCK, Adaptation, Domain
 from nnunet_kd.spaces.channels import channel_names
 

@@ -38,6 +38,7 @@ from nnunet_kd.planners.tasks import (
     declared_tasks,
     prepare_side_files,
     stand_in_segmentations,
+    warn_of_folds,
     write_splits,
 )
 from nnunet_kd.settings import Adaptation, Domain
@@ -69,6 +70,11 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
         check_joint_name(name, members)
     elif args.heads is not None or args.joint_name is not None:
         raise JointDatasetError("--heads and --joint_name describe a joint dataset. Give its id with --joint.")
+    elif args.width != 1:
+        raise JointDatasetError(
+            "--width is that of a joint teacher's network. Give its id with --joint, or plan without --width, and then "
+            "a narrower student with: nnUNetKD_plan_student -d ID -p nnUNetKDPlans --width W -plans_name NAME"
+        )
     heads = read_heads(args.heads, members)
     tasks = {member: declared_tasks(member) for member in members}
     for member in members:
@@ -96,6 +102,9 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
             for c in chosen[member]:
                 print(f"  nnUNetv2_train {member[7:10]} {c} 0 -tr nnUNetTrainerKDControl -p {args.plans_name}")
         return
+    without_folds = [
+        name for name in members if not Member(name, members_plans, configurations[0]).splits_file.is_file()
+    ]
     joint, plans = plan_joint(
         name,
         members,
@@ -109,6 +118,8 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
     )
     for member in members:
         write_member_plans(member, members_plans, args.plans_name, name)
+    for member in without_folds:
+        warn_of_folds(member)
     _print_summary(joint, plans, args.plans_name)
     _warn_of_outdated_teachers(name, args.plans_name)
 

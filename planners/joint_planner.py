@@ -18,6 +18,7 @@ import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
+from nnunet_kd.data.folds import planned_splits
 from nnunet_kd.data.joint import TASK_HEADS, HeadEntry, JointDataset, MemberEntry
 from nnunet_kd.data.member import Member
 from nnunet_kd.data.splits import join_splits
@@ -36,7 +37,7 @@ from nnunet_kd.planners.existing import (
 from nnunet_kd.planners.heads import plan_heads
 from nnunet_kd.planners.members import find_planner, member_cases, planning_threads
 from nnunet_kd.planners.student_planner import settings_of
-from nnunet_kd.planners.tasks import planned_splits, teacher_heads
+from nnunet_kd.planners.tasks import teacher_heads
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.channels import ChannelSpace, union
 

@@ -18,18 +18,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from nnunet_kd.data.box_geometry import clip, to_preprocessed
+from nnunet_kd.data.folds import planned_splits
 from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.data.side_files import SideFileError, read_boxes, side_file
-from nnunet_kd.data.splits import REPAIR_SPLITS, Split, member_splits, read_groups
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.data.verify import REPAIR_FOLDS, verify_dataset
 from nnunet_kd.environment import environment
-from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import replacing, write_json
 from nnunet_kd.networks.multitask import Heads, multitask_architecture, planned_heads
 from nnunet_kd.planners.members import is_preprocessed, member_cases
 from nnunet_kd.settings import BLOCK
-from nnunet_kd.tasks.detection_plan import plan_detection
+from nnunet_kd.tasks.detection_plan import neighbour_overlaps, plan_detection
 
 STAND_IN_LABELS = {"background": 0, "whole_image": 1}
 
@@ -213,7 +212,8 @@ def _has_levels(detection: Mapping[str, Any] | None, strides: Sequence[Sequence[
 def _detection(member: Member, tasks: Tasks, strides: Sequence[Sequence[int]]) -> dict[str, Any]:
     assert tasks.detection is not None
     patch_size = member.configuration_manager.patch_size
-    return plan_detection(_box_sizes(member, tasks), strides, patch_size, tasks.detection.classes).to_dict()
+    sizes, overlaps = _box_sizes(member, tasks)
+    return plan_detection(sizes, strides, patch_size, tasks.detection.classes, overlaps=overlaps).to_dict()
 
 
 def _heads(plans: Mapping[str, Any] | None, configuration: str) -> Heads:
@@ -242,12 +242,13 @@ def _is_two_dimensional(member: Member) -> bool:
     return "3d_fullres" not in member.plans["configurations"]
 
 
-def _box_sizes(member: Member, tasks: Tasks) -> NDArray[np.float64]:
-    """Lengths [N, dim] of all boxes of the dataset in preprocessed voxels."""
+def _box_sizes(member: Member, tasks: Tasks) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Lengths [N, dim] in preprocessed voxels of all boxes of the dataset, and their overlaps with neighbours [N]."""
     assert tasks.detection is not None
     dimension = len(member.configuration_manager.patch_size)
     boxes = read_boxes(side_file(member.name, tasks.detection.file), tasks.detection, dimension)
     sizes: list[NDArray[np.float64]] = []
+    overlaps: list[NDArray[np.float64]] = []
     data = member.dataset_class(str(member.data_folder), list(member.identifiers))
     for case in member.identifiers:
         if case not in boxes or not len(boxes[case].boxes):
@@ -256,27 +257,11 @@ def _box_sizes(member: Member, tasks: Tasks) -> NDArray[np.float64]:
         shape = data.load_case(case)[0].shape[1:]
         own = to_preprocessed(boxes[case].boxes, properties, member.plans_manager.transpose_forward, shape)
         own = clip(own, shape[-dimension:])
-        sizes.append(own[:, dimension:] - own[:, :dimension])
-    found = np.concatenate(sizes) if sizes else np.zeros((0, dimension))
-    return found[(found > 0).all(1)]
-
-
-def planned_splits(member: Member, cases: Sequence[str]) -> list[Split]:
-    """The member's splits_final.json, or what stock training would write there, grouped by ``split_by``.
-
-    Raises:
-        JointDatasetError: The file is broken, or there are too few cases or groups.
-    """
-    if member.splits_file.is_file():
-        return read_json(member.splits_file, REPAIR_SPLITS)
-    tasks = Tasks.from_dataset_json(member.dataset_json)
-    groups = None
-    if tasks.split_by is not None:
-        groups = read_groups(side_file(member.name, tasks.groups_file), tasks.split_by)
-    try:
-        return member_splits(cases, None, groups)
-    except JointDatasetError as error:
-        raise JointDatasetError(f"{member.name}: {error}") from error
+        lengths = own[:, dimension:] - own[:, :dimension]
+        visible = (lengths > 0).all(1)
+        sizes.append(lengths[visible])
+        overlaps.append(neighbour_overlaps(own[visible], boxes[case].labels[visible]))
+    return np.concatenate([np.zeros((0, dimension)), *sizes]), np.concatenate([np.zeros(0), *overlaps])
 
 
 def write_splits(member: Member) -> None:
@@ -286,3 +271,11 @@ def write_splits(member: Member) -> None:
         return
     if not member.splits_file.is_file():
         write_json(member.splits_file, planned_splits(member, member_cases(member)))
+        warn_of_folds(member.name)
+
+
+def warn_of_folds(name: str) -> None:
+    """Print what the training cases of a fold, which has just been made, cannot teach."""
+    for problem in verify_dataset(name, show_progress=False, check_copies=False).problems:
+        if problem.remedy == REPAIR_FOLDS:
+            print(f"WARNING: {problem}")

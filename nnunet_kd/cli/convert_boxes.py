@@ -57,6 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"Wrote {output}: {number} boxes of {len(conversion.boxes)} of {len(cases)} cases.")
     for sentence in conversion.left_out:
         print(f"Left out: {sentence}")
+    num_without = len(cases.keys() - conversion.boxes.keys())
+    if num_without:
+        what = f"{num_without} of {len(cases)} cases are not mentioned in {args.coco or args.nndetection}"
+        print(f"{what}; they count as cases without boxes.")
+    if not conversion.classes:
+        print("No box was found, so that there is no class to declare in dataset.json. Check the source.")
+        return
     if output.parent.resolve() != folder.resolve():
         print(f"Put it into {folder}.")
     print(f"Declare it in {folder / 'dataset.json'}:")

@@ -136,6 +136,8 @@ def _write(evaluation: Evaluation, settings: dict[str, Any], output: Path) -> li
     written = [output / "evaluation.json"]
     write_json(written[0], {**settings, **evaluation.to_json()})
     tables = {"segmentation_cases.csv": evaluation.segmentation}
+    if evaluation.segmentation is not None:
+        tables["segmentation_metrics.csv"] = pd.DataFrame(evaluation.segmentation_rows)
     if evaluation.classification:
         own = [
             pd.DataFrame(target.scores.rows()).assign(target=target.target.name) for target in evaluation.classification

@@ -7,10 +7,16 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_kd.cli.errors import clear_errors
 from nnunet_kd.environment import TRAINERS_VARIABLE, add_trainers_folder
 from nnunet_kd.errors import NnUNetKDError
+
+if TYPE_CHECKING:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from nnunet_kd.inference.trained_model import TrainedModel
 
 DOMAINS = ("source", "target")
 
@@ -23,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # imported late, so that --help and errors in the arguments take no seconds
     import torch
 
-    from nnunet_kd.inference.input_files import input_images
-    from nnunet_kd.inference.predict import build_predictor, has_heads
+    from nnunet_kd.inference.input_files import input_images, unreadable_images_named
+    from nnunet_kd.inference.predict import build_predictor
     from nnunet_kd.inference.trained_model import open_model
 
     if args.code is not None and args.translate is not None:
@@ -59,8 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{model.folder} is the second stage of a cascade. Predict {previous_stage} first and give its folder with "
             f"-prev_stage_predictions."
         )
-    images = input_images(args.i, predictor.dataset_json["file_ending"])
+    file_ending = predictor.dataset_json["file_ending"]
+    images = input_images(args.i, file_ending)
     os.makedirs(args.o, exist_ok=True)
+    with unreadable_images_named(images, file_ending, predictor.plans_manager.image_reader_writer_class()):
+        _predict(args, model, predictor, images)
+
+
+def _predict(
+    args: argparse.Namespace, model: TrainedModel, predictor: nnUNetPredictor, images: str | list[list[str]]
+) -> None:
+    """Write the predictions, or translations, of ``images`` into the output folder, which exists."""
+    from nnunet_kd.inference.predict import has_heads
+
     if args.code is not None or args.translate is not None:
         from nnunet_kd.inference.task_codes import choose_prediction, translate_files
 

@@ -24,6 +24,7 @@ from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.labels import LabelSpace
 
 MAX_NAMED = 5
+UNIQUE_IDS = "Give every one an id of its own, also in the annotations, or convert joined files one by one."
 Labelled = tuple[str, NDArray[np.float64]]  # a class, and a box [2 * dimension] in array order
 
 
@@ -65,7 +66,7 @@ def boxes_from_coco(
         raise SideFileError(f"{file} is not a COCO json: it must hold the lists of objects {', '.join(parts)}.")
     problems: list[Problem] = []
     left_out: list[str] = []
-    name_of = {category.get("id"): str(category.get("name")) for category in content["categories"]}
+    name_of = _coco_names(file, content["categories"], problems)
     _check_classes(classes, list(name_of.values()))
     case_of = _coco_cases(file, content["images"], cases, dataset_json, problems, left_out)
     found: dict[str, list[Labelled]] = {case: [] for case in case_of.values() if case is not None}
@@ -117,9 +118,14 @@ def boxes_from_nndetection(
         SideFileError: Lists everything that cannot be converted.
     """
     names = tuple(classes) if classes is not None else _nndetection_classes(folder)
+    masked = {file.name.removesuffix(".nii.gz") for file in folder.glob("*.nii.gz")}
     files = [file for file in sorted(folder.glob("*.json")) if file.name != "dataset.json"]
     reader = image_reader(dataset_json, next(iter(cases.values())).image)
-    problems: list[Problem] = []
+    remedy = 'Put it there; without objects it holds {"instances": {}}.'
+    problems = [
+        Problem(str(folder / f"{case}.json"), "", f"the file does not exist, but {case}.nii.gz does", remedy)
+        for case in sorted((masked & cases.keys()) - {file.stem for file in files})
+    ]
     found: dict[str, list[Labelled]] = {}
     small = 0
     for file in tqdm(files, "Reading instances", disable=not show_progress, leave=False):
@@ -173,12 +179,18 @@ def boxes_from_masks(
         show_progress: Show a bar over the cases.
 
     Raises:
-        SideFileError: A class is not among the labels, or lists segmentations that cannot be read.
+        SideFileError: A class is not among the labels, there are no segmentations, or lists those that cannot be read.
     """
     space = LabelSpace.from_dataset_json(dataset_json)
     values = dict(zip(space.names, space.values, strict=True))
     available = list(space.foreground_names)
     _check_classes(classes, available)
+    folders = sorted({files.segmentation.parent for files in cases.values()})
+    if not any(folder.is_dir() for folder in folders):
+        raise SideFileError(
+            f"There is no {folders[0].name} with segmentations: {folders[0]} does not exist. Put it there, or convert "
+            f"boxes with --coco or --nndetection."
+        )
     first = next(iter(cases.values())).image
     reader = image_reader(dataset_json, first)
     dimension = len(image_size(first, reader))
@@ -275,6 +287,17 @@ def _is_list_of_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
+def _coco_names(file: Path, categories: Sequence[Any], problems: list[Problem]) -> dict[Any, str]:
+    """Category id to name."""
+    name_of: dict[Any, str] = {}
+    for index, category in enumerate(categories):
+        name = str(category.get("name"))
+        if name_of.setdefault(category.get("id"), name) != name:
+            what = f"the id {category.get('id')!r} of {name} is also that of {name_of[category.get('id')]}"
+            problems.append(Problem(str(file), f"categories[{index}]", what, UNIQUE_IDS))
+    return name_of
+
+
 def _coco_cases(
     file: Path,
     images: Sequence[Any],
@@ -287,11 +310,17 @@ def _coco_cases(
     by_file = {files.image.name: case for case, files in cases.items()}
     reader = image_reader(dataset_json, next(iter(cases.values())).image)
     case_of: dict[Any, str | None] = {}
+    first_with: dict[Any, str] = {}
     strangers = []
     for index, image in enumerate(images):
         if "id" not in image or not isinstance(image.get("file_name"), str):
             problems.append(Problem(str(file), f"images[{index}]", "'id' or 'file_name' is missing", "Add it."))
             continue
+        if image["id"] in first_with:
+            what = f"the id {image['id']!r} of {image['file_name']} is also that of {first_with[image['id']]}"
+            problems.append(Problem(str(file), f"images[{index}]", what, UNIQUE_IDS))
+            continue
+        first_with[image["id"]] = image["file_name"]
         name = re.split(r"[/\\]", image["file_name"])[-1]
         case = by_file.get(name) or _case_of_name(name, cases, str(dataset_json["file_ending"]))
         case_of[image["id"]] = case

@@ -31,7 +31,13 @@ OUTSIDE_TOLERANCE = 1e-3  # voxels; what rounding leaves when boxes were scaled 
 
 
 class SideFileError(NnUNetKDError):
-    """A side file is missing or has problems; the message lists them."""
+    """A side file is missing or has problems; the message lists them.
+
+    Attributes:
+        problems: All of them, in order; empty where it does not come from :meth:`listing`.
+    """
+
+    problems: tuple[Problem, ...] = ()
 
     @classmethod
     def listing(cls, problems: Sequence[Problem]) -> SideFileError:
@@ -39,7 +45,9 @@ class SideFileError(NnUNetKDError):
         lines = [str(problem) for problem in problems[:MAX_LISTED_PROBLEMS]]
         if len(problems) > MAX_LISTED_PROBLEMS:
             lines.append(f"... and {len(problems) - MAX_LISTED_PROBLEMS} more problems.")
-        return cls("\n".join(lines))
+        error = cls("\n".join(lines))
+        error.problems = tuple(problems)
+        return error
 
 
 @dataclass(frozen=True)
@@ -51,16 +59,23 @@ class Problem:
         where: Row, case or key in it; empty for the whole file.
         what: What is wrong.
         remedy: What to do, as a sentence.
+        is_unread: The file could not be read because of it, or not from there on, so that what it lacks is no news.
     """
 
     file: str
     where: str
     what: str
     remedy: str
+    is_unread: bool = False
 
     def __str__(self) -> str:
+        return " ".join(f"{self.without_remedy}. {self.remedy}".split())  # one line, whatever a file contained
+
+    @property
+    def without_remedy(self) -> str:
+        """Place and what is wrong, in one line whatever a file contained."""
         place = f"{self.file}, {self.where}" if self.where else self.file
-        return " ".join(f"{place}: {self.what}. {self.remedy}".split())  # one line, whatever a file contained
+        return " ".join(f"{place}: {self.what}".split())
 
 
 @dataclass(frozen=True)
@@ -222,7 +237,7 @@ def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> li
         header = [name.strip() for name in next(reader, [])]
         wrong = _header_problem(header, ("case", *columns))
         if wrong is not None:
-            problems.append(Problem(str(path), "header", *wrong))
+            problems.append(Problem(str(path), "header", *wrong, is_unread=True))
             return []
         positions = [header.index(name) for name in ("case", *columns)]
         for cells in reader:
@@ -241,7 +256,8 @@ def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> li
                 problems.append(Problem(str(path), line, "the case is empty", "Name the case, or remove the row."))
     except csv.Error as error:
         what = f"malformed CSV ({error})"
-        problems.append(Problem(str(path), f"line {reader.line_num}", what, "Save it as comma-separated UTF-8 again."))
+        remedy = "Save it as comma-separated UTF-8 again."
+        problems.append(Problem(str(path), f"line {reader.line_num}", what, remedy, is_unread=True))
     return rows
 
 
@@ -258,13 +274,16 @@ def _collecting(problems: list[Problem] | None) -> Iterator[list[Problem]]:
 
 def _read_text(path: Path, problems: list[Problem]) -> str | None:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
+        if text.strip():
+            return text
+        what, remedy = "the file is empty", "Replace it by the complete file."
     except FileNotFoundError:
         what, remedy = "the file does not exist", "Put it there, or correct 'file' in dataset.json."
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         what, remedy = f"line {line} is not UTF-8", "Save the file with the encoding UTF-8."
-    problems.append(Problem(str(path), "", what, remedy))
+    problems.append(Problem(str(path), "", what, remedy, is_unread=True))
     return None
 
 
@@ -272,6 +291,8 @@ def _read_text(path: Path, problems: list[Problem]) -> str | None:
 def _header_problem(header: Sequence[str], needed: Sequence[str]) -> tuple[str, str] | None:
     """What is wrong with a header and its remedy; None if every needed column is there once."""
     missing = [name for name in needed if name not in header]
+    if not any(header):
+        return "the first line is empty", f"Begin with the names of the columns: {', '.join(needed)}."
     if missing and len(header) == 1 and any(separator in header[0] for separator in ";\t"):
         return "the values are not separated by commas", "Save the file as comma-separated CSV."
     if missing:
@@ -338,7 +359,8 @@ def _read_box_lists(path: Path, problems: list[Problem]) -> dict[str, list[Any]]
     try:
         content = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        problems.append(Problem(str(path), "", f"malformed JSON ({error})", "Correct the file at this place."))
+        what = f"malformed JSON ({error})"
+        problems.append(Problem(str(path), "", what, "Correct the file at this place.", is_unread=True))
         return {}
     for key in repeated:
         problems.append(
@@ -347,7 +369,8 @@ def _read_box_lists(path: Path, problems: list[Problem]) -> dict[str, list[Any]]
     form = f'case -> list of {{"label": CLASS, "box": {BOX_FORMS[2]} or {BOX_FORMS[3]}}}'
     if not isinstance(content, dict) or {"images", "annotations"} <= content.keys():
         remedy = f"Write {form}; nnUNetKD_convert_boxes makes it from COCO, nnDetection or masks."
-        problems.append(Problem(str(path), "", "the file does not hold lists of boxes by case", remedy))
+        what = "the file does not hold lists of boxes by case"
+        problems.append(Problem(str(path), "", what, remedy, is_unread=True))
         return {}
     cases: dict[str, list[Any]] = {}
     for case, entries in content.items():

@@ -5,13 +5,13 @@ A joint fold holds the same fold of every member, so that no validation case of 
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nnunet_kd.data.side_files import Problem, SideFileError, read_rows
 from nnunet_kd.errors import JointDatasetError
 
 Split = dict[str, list[str]]
@@ -109,24 +109,20 @@ def read_groups(csv_path: Path, column: str) -> dict[str, str]:
         column: The column whose values must not be on both sides of a fold.
 
     Raises:
-        JointDatasetError: A column is missing, or a case has two groups.
+        SideFileError: The file cannot be read, a column is missing, or a row has another number of values.
+        JointDatasetError: A case has two groups.
     """
-    with Path(csv_path).open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or [])
-        for needed in ("case", column):
-            if needed not in columns:
-                raise JointDatasetError(
-                    f"{csv_path} has no column '{needed}'. Its columns: {', '.join(columns)}. Correct the file, or "
-                    f"'split_by' in dataset.json."
-                )
-        groups: dict[str, str] = {}
-        for row in reader:
-            case, group = row["case"].strip(), (row[column] or "").strip()
-            if group and groups.setdefault(case, group) != group:
-                raise JointDatasetError(
-                    f"{csv_path} gives {case} two values of '{column}', '{groups[case]}' and '{group}'. Leave one."
-                )
+    problems: list[Problem] = []
+    rows = read_rows(csv_path, (column,), problems)
+    if problems:
+        raise SideFileError.listing(problems)
+    groups: dict[str, str] = {}
+    for row in rows:
+        (group,) = row.values
+        if group and groups.setdefault(row.case, group) != group:
+            raise JointDatasetError(
+                f"{csv_path} gives {row.case} two values of '{column}', '{groups[row.case]}' and '{group}'. Leave one."
+            )
     return groups
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from numpy.typing import NDArray
 
 from nnunet_kd.data.class_sampling import case_probabilities
+from nnunet_kd.data.folds import Presence
 from nnunet_kd.data.side_files import CaseBoxes, read_boxes, read_labels, side_file
 from nnunet_kd.data.splits import read_groups
 from nnunet_kd.data.task_loader import TaskDataset, TaskLoader
@@ -59,6 +60,18 @@ class TaskData:
         classes = next(own.classes for own in self.tasks.classification if own.name == target)
         unknown = np.full(len(classes), np.nan, dtype=np.float32)
         return np.stack([self.class_labels[target].get(case, unknown) for case in cases])
+
+    def presences(self, cases: Collection[str]) -> list[Presence]:
+        """Which classes of each target these cases have."""
+        own: list[Presence] = []
+        for target in self.tasks.classification:
+            labels = self.class_labels[target.name]
+            known = {case: labels[case] for case in cases if case in labels and not np.isnan(labels[case]).all()}
+            own.append(Presence(f"{target.file}, {target.name}", target.classes, known, target.multilabel))
+        if self.tasks.detection is not None:
+            detection = self.tasks.detection
+            own.append(Presence.of_boxes(detection.file, detection.classes, self.boxes or {}, cases))
+        return own
 
     def loader(
         self,

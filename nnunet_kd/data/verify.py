@@ -21,10 +21,10 @@ from nnunetv2.utilities.utils import (
     get_filenames_of_train_images_and_targets,
     get_identifiers_from_splitted_dataset_folder,
 )
-from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from nnunet_kd.data.folds import Presence, shared_groups, some
 from nnunet_kd.data.member import read_json
 from nnunet_kd.data.side_files import Problem, SideFileError, read_boxes, read_labels, read_rows
 from nnunet_kd.data.splits import REPAIR_SPLITS, Split
@@ -32,7 +32,6 @@ from nnunet_kd.data.tasks import ClassificationTarget, DetectionTarget, TaskErro
 from nnunet_kd.errors import JointDatasetError, NnUNetKDError
 from nnunet_kd.settings import BLOCK
 
-MAX_NAMED = 5
 REPAIR_FOLDS = "Correct the folds, or add cases."  # of folds that can be trained, but not learn a class
 
 
@@ -86,17 +85,6 @@ class Report:
     contents: tuple[Contents, ...]
     num_groups: int | None
     problems: tuple[Problem, ...]
-
-
-@dataclass(frozen=True)
-class _Presence:
-    """Which classes of a target each case has: [classes] of 0 and 1, NaN where not labelled."""
-
-    file: Path
-    title: str
-    classes: tuple[str, ...]
-    cases: dict[str, NDArray[np.float32]]
-    needs_negatives: bool
 
 
 def verify_dataset(
@@ -269,14 +257,16 @@ def _as_problem(file: Path, error: NnUNetKDError) -> Problem:
 # --- entries ----------------------------------------------------------------------------------------------------------
 def _verify_labels(
     path: Path, target: ClassificationTarget, cases: Sequence[str], problems: list[Problem]
-) -> tuple[Contents, _Presence]:
-    labels = read_labels(path, target, problems)
+) -> tuple[Contents, Presence]:
+    found: list[Problem] = []
+    labels = read_labels(path, target, found)
+    problems.extend(found)
     _verify_case_names(path, labels, cases, problems)
     own = {case: labels[case] for case in cases if case in labels and not np.isnan(labels[case]).all()}
     title = f"{target.file}, {target.name}"
-    presence = _Presence(path, title, target.classes, own, needs_negatives=target.multilabel)
-    counts = _counts(presence, own)
-    if cases:
+    presence = Presence(title, target.classes, own, needs_negatives=target.multilabel)
+    counts = presence.counts(own)
+    if cases and not any(problem.is_unread for problem in found):
         _verify_classes(path, title, counts, problems)
     return Contents(title, len(own), counts, len(cases) - len(own)), presence
 
@@ -288,26 +278,24 @@ def _verify_boxes(
     sizes: Mapping[str, Sequence[int]],
     cases: Sequence[str],
     problems: list[Problem],
-) -> tuple[Contents, _Presence]:
+) -> tuple[Contents, Presence]:
+    found: list[Problem] = []
     if dimension is None:
         what = "it is not known whether the images are 2D or 3D, so boxes are not checked"
         problems.append(Problem(str(path), "", what, "Put the images or dataset_fingerprint.json there."))
         boxes = {}
     else:
-        boxes = read_boxes(path, target, dimension, problems, sizes)
+        boxes = read_boxes(path, target, dimension, found, sizes)
+        problems.extend(found)
         _verify_case_names(path, boxes, cases, problems)
     own = {case: boxes[case].labels for case in cases if case in boxes}
     numbers = np.bincount(np.concatenate([[], *own.values()]).astype(np.int64), minlength=len(target.classes))
     counts = {name: int(number) for name, number in zip(target.classes, numbers, strict=True)}
-    if cases and dimension is not None:
+    if cases and dimension is not None and not any(problem.is_unread for problem in found):
         _verify_classes(path, target.file, counts, problems)
-    # a case without entry has no boxes, so that every case is labelled
-    present = {case: np.zeros(len(target.classes), dtype=np.float32) for case in cases}
-    for case, labels in own.items():
-        present[case][labels] = 1
     num_empty = sum(1 for labels in own.values() if not len(labels))
     contents = Contents(target.file, len(own), counts, len(cases) - len(own), num_empty)
-    return contents, _Presence(path, target.file, target.classes, present, needs_negatives=False)
+    return contents, Presence.of_boxes(target.file, target.classes, boxes, cases)
 
 
 def _verify_case_names(path: Path, named: Iterable[str], cases: Collection[str], problems: list[Problem]) -> None:
@@ -320,9 +308,7 @@ def _verify_case_names(path: Path, named: Iterable[str], cases: Collection[str],
 
 
 def _verify_classes(path: Path, title: str, counts: Mapping[str, int], problems: list[Problem]) -> None:
-    """Report declared classes that no training case has; of a file that does not exist, that is no news."""
-    if not path.is_file():
-        return
+    """Report declared classes that no training case has."""
     if not any(counts.values()):
         what = f"no training case has any of the classes of {title}: {', '.join(counts)}"
         problems.append(Problem(str(path), "", what, "Add entries, or remove the task from dataset.json."))
@@ -330,13 +316,6 @@ def _verify_classes(path: Path, title: str, counts: Mapping[str, int], problems:
     for name in [name for name, count in counts.items() if count == 0]:
         what = f"no training case has the class '{name}' of {title}"
         problems.append(Problem(str(path), "", what, "Add cases of it, or remove the class from dataset.json."))
-
-
-def _counts(presence: _Presence, cases: Iterable[str]) -> dict[str, int]:
-    """Class to the number of ``cases`` that have it."""
-    rows = [presence.cases[case] for case in cases if case in presence.cases]
-    total = np.nansum(np.array(rows).reshape(-1, len(presence.classes)), axis=0)
-    return {name: int(number) for name, number in zip(presence.classes, total, strict=True)}
 
 
 def _groups(path: Path, column: str, cases: Sequence[str], problems: list[Problem]) -> dict[str, str]:
@@ -357,7 +336,7 @@ def _verify_splits(
     name: str,
     split_by: str | None,
     groups: Mapping[str, str],
-    presences: Sequence[_Presence],
+    presences: Sequence[Presence],
     problems: list[Problem],
 ) -> None:
     path = _preprocessed(name, "splits_final.json")
@@ -369,14 +348,13 @@ def _verify_splits(
         problems.append(_as_problem(path, error))
         return
     for fold, split in enumerate(splits):
-        training, validation = ({groups[case] for case in split[side] if case in groups} for side in ("train", "val"))
-        shared = sorted(training & validation)
+        shared = shared_groups(groups, split)
         if shared:
-            what = f"{len(shared)} value(s) of '{split_by}' are both in training and validation: {_some(shared)}"
+            what = f"{len(shared)} value(s) of '{split_by}' are both in training and validation: {some(shared)}"
             remedy = "Move splits_final.json away and plan again, which divides by group."
             problems.append(Problem(str(path), f"fold {fold}", what, remedy))
         for presence in presences:
-            for what in _one_sided(presence, split["train"]):
+            for what in presence.one_sided(split["train"]):
                 problems.append(Problem(str(path), f"fold {fold}", what, REPAIR_FOLDS))
 
 
@@ -386,20 +364,6 @@ def _read_splits(path: Path) -> list[Split]:
     if any(not isinstance(fold, dict) or not {"train", "val"} <= fold.keys() for fold in folds):
         raise JointDatasetError(f"it is not a list of folds that have 'train' and 'val'. {REPAIR_SPLITS}")
     return splits
-
-
-def _one_sided(presence: _Presence, training: Sequence[str]) -> list[str]:
-    """What cannot be learned from the training cases of a fold although the dataset has it."""
-    found = _counts(presence, training)
-    everywhere = _counts(presence, presence.cases)
-    missing = [name for name in presence.classes if everywhere[name] and not found[name]]
-    wrong = [f"no training case of {presence.title} has {_some(missing)}"] if missing else []
-    if presence.needs_negatives:
-        for index, name in enumerate(presence.classes):
-            values = [presence.cases[case][index] for case in training if case in presence.cases]
-            if found[name] and found[name] == np.count_nonzero(~np.isnan(values)):
-                wrong.append(f"every labelled training case of {presence.title} has {name}")
-    return wrong
 
 
 def _verify_copies(name: str, folder: Path, tasks: Tasks, problems: list[Problem]) -> None:
@@ -422,7 +386,3 @@ def _verify_copies(name: str, folder: Path, tasks: Tasks, problems: list[Problem
         copy = _preprocessed(name, file)
         if copy is not None and (folder / file).is_file() and copy.read_bytes() != (folder / file).read_bytes():
             problems.append(Problem(str(copy), "", f"it differs from the file in {folder}", remedy))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")

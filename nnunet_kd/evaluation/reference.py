@@ -37,7 +37,7 @@ class ReferenceDataset:
         """Open a raw or preprocessed dataset folder, or a dataset id or name that nnU-Net's folders have.
 
         Raises:
-            NnUNetKDError: There is no such dataset, or its dataset.json is missing or broken.
+            NnUNetKDError: There is no such dataset, or its dataset.json is missing or broken or lacks ``file_ending``.
         """
         given = [Path(reference).resolve()] if Path(reference).is_dir() else []
         name = given[0].name if given else dataset_name(reference)
@@ -51,6 +51,12 @@ class ReferenceDataset:
             )
         file = _find(folders, ("dataset.json",)) or folders[0] / "dataset.json"
         dataset_json = read_json(file, "Give with -ref a raw or preprocessed dataset folder, or a dataset id.")
+        ending = dataset_json.get("file_ending") if isinstance(dataset_json, dict) else None
+        if not isinstance(ending, str) or not ending:
+            raise NnUNetKDError(
+                f"{file} has no 'file_ending', so that references cannot be found. Add the one of the images and "
+                f'segmentations, for example "file_ending": ".nii.gz".'
+            )
         return cls(name, folders, dataset_json, Tasks.from_dataset_json(dataset_json))
 
     def file(self, name: str) -> Path:
@@ -84,15 +90,11 @@ class ReferenceDataset:
         """Case to group by ``split_by``; empty without it.
 
         Raises:
-            NnUNetKDError: The file or the column is missing, or the file is not UTF-8.
+            NnUNetKDError: The file or the column is missing, or the file cannot be read.
         """
         if self.tasks.split_by is None:
             return {}
-        file = self.file(self.tasks.groups_file)
-        try:
-            return read_groups(file, self.tasks.split_by)
-        except UnicodeDecodeError as error:
-            raise NnUNetKDError(f"{file} is not UTF-8. Save it with the encoding UTF-8.") from error
+        return read_groups(self.file(self.tasks.groups_file), self.tasks.split_by)
 
     def validation_cases(self, fold: int) -> list[str]:
         """Validation cases of a fold of splits_final.json.

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+
 from nnunet_kd.errors import NnUNetKDError
+
+READERS = "nnunetv2.imageio."
+DEAD_WORKERS = "Background workers died"  # nnU-Net's error where a process failed that preprocesses
 
 
 def input_images(given: Sequence[str], file_ending: str) -> str | list[list[str]]:
@@ -17,11 +25,17 @@ def input_images(given: Sequence[str], file_ending: str) -> str | list[list[str]
         file_ending: Of the training images.
 
     Raises:
-        NnUNetKDError: Something does not exist, is named otherwise, or a case lacks a channel that it or another case
-            must have; lists all of it. Whether the files hold all channels (a colour image is one file) is checked when
-            they are read.
+        NnUNetKDError: The folder holds no image. Or, of files, something does not exist, is named otherwise, or a case
+            lacks a channel that it or another case must have; lists all of it. Whether the files hold all channels (a
+            colour image is one file) is checked when they are read.
     """
     if len(given) == 1 and Path(given[0]).is_dir():
+        if not _in_folder(Path(given[0]), file_ending):
+            raise NnUNetKDError(
+                f"The input folder {given[0]} (-i) holds no image CASE_0000{file_ending}, which is how the training "
+                f"images are named: the file ending {file_ending} after the channel number _0000. Rename or convert "
+                f"the images, or give another folder."
+            )
         return given[0]
     cases: dict[str, dict[int, str]] = defaultdict(dict)
     problems = []
@@ -45,3 +59,69 @@ def input_images(given: Sequence[str], file_ending: str) -> str | list[list[str]
     if problems:
         raise NnUNetKDError("The input (-i) cannot be predicted:\n  " + "\n  ".join(problems))
     return [[files[channel] for channel in sorted(files)] for files in cases.values()]
+
+
+@contextmanager
+def unreadable_images_named(
+    images: str | list[list[str]], file_ending: str, reader: BaseReaderWriter
+) -> Iterator[None]:
+    """Where a prediction in this context fails because an image cannot be read, say which one.
+
+    Args:
+        images: As returned by :func:`input_images`.
+        file_ending: Of the training images.
+        reader: The model's.
+
+    Raises:
+        NnUNetKDError: Names the first image that cannot be read. Every other error is raised as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _failed_at_reading(error):
+            raise
+        cases = _in_folder(Path(images), file_ending).values() if isinstance(images, str) else images
+        unread = _first_unread(cases, reader)
+        if unread is None:
+            raise
+        files, reason = unread
+        raise NnUNetKDError(
+            f"Case {Path(files[0]).name.removesuffix(file_ending)[:-5]} cannot be read from {', '.join(files)}: "
+            f"{reason}. Replace or remove it and predict again with --continue_prediction, which keeps the cases that "
+            f"are predicted already."
+        ) from error
+
+
+def _in_folder(folder: Path, file_ending: str) -> dict[str, list[str]]:
+    """Case to its channel files, as stock nnU-Net finds them."""
+    cases: dict[str, list[str]] = defaultdict(list)
+    for file in sorted(folder.iterdir()):
+        named = re.fullmatch(rf"(.+)_\d{{4}}{re.escape(file_ending)}", file.name)
+        if named is not None and file.is_file():
+            cases[named[1]].append(str(file))
+    return cases
+
+
+def _failed_at_reading(error: Exception) -> bool:
+    """Whether an error comes out of nnU-Net's readers, or out of a process that may have failed there."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith(READERS) for name in modules) or str(error).startswith(DEAD_WORKERS)
+
+
+def _first_unread(cases: Iterable[Sequence[str]], reader: BaseReaderWriter) -> tuple[Sequence[str], str] | None:
+    """The first case that cannot be read, and why: its one broken file, or all where they do not fit together."""
+    for files in cases:
+        together = _reading_error(files, reader)
+        if together is not None:
+            alone = [(file, _reading_error([file], reader)) for file in files]
+            return next((([file], reason) for file, reason in alone if reason is not None), (files, together))
+    return None
+
+
+def _reading_error(files: Sequence[str], reader: BaseReaderWriter) -> str | None:
+    """Why files cannot be read as the channels of a case; None if they can."""
+    try:
+        reader.read_images(list(files))
+    except Exception as error:  # whatever a broken image makes its library raise
+        return " ".join(str(error).split()) or "its channels differ in size"
+    return None

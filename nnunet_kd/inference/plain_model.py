@@ -103,7 +103,8 @@ def choose_member(joint: JointDataset, head: str | None, member: str | None = No
     Raises:
         NnUNetKDError: No or an unknown name, or several members fit; lists the choice.
     """
-    choice = f"Heads: {', '.join(joint.heads)}; members: {', '.join(joint.members)}"
+    members = ", ".join(joint.members)
+    choice = f"Heads: {', '.join(joint.heads)}; members: {members}" if joint.heads else f"Members: {members}"
     if head is None:
         raise NnUNetKDError(f"{joint.name} is a joint teacher: say with --head what to predict. {choice}.")
     head, member = _full_name(joint, head), None if member is None else _full_name(joint, member)

@@ -7,7 +7,8 @@ also at the same time (``-num_parts``), fill one file: each merges its cases int
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from nnunet_kd.data.box_geometry import clip, to_original
+from nnunet_kd.data.side_files import SideFileError
 from nnunet_kd.data.tasks import CLASSIFICATION_FILE, DETECTION_FILE, ClassificationTarget
 from nnunet_kd.evaluation.detection import PredictedBoxes
 from nnunet_kd.evaluation.prediction_files import (
@@ -58,7 +60,8 @@ class TaskFiles:
         """Cases that are in all files that are written.
 
         Raises:
-            SideFileError: A file is there already and is none of this model: other targets, classes or dimension.
+            SideFileError: A file is there already and is none of this model (other targets, classes or dimension) or
+                damaged.
         """
         parts: list[set[str]] = []
         if self.targets:
@@ -103,13 +106,29 @@ class TaskFiles:
         self._unwritten = False
 
     def _read_probabilities(self) -> ClassPredictions:
-        file = self.classification_file
-        return read_classification_predictions(file, self.targets) if file.is_file() else {}
+        if not self.classification_file.is_file():
+            return {}
+        with _of_this_model(self.classification_file):
+            return read_classification_predictions(self.classification_file, self.targets)
 
     def _read_boxes(self) -> dict[str, PredictedBoxes]:
         assert self.classes is not None
-        is_there = self.boxes_file.is_file()
-        return read_box_predictions(self.boxes_file, self.classes, self.dimension) if is_there else {}
+        if not self.boxes_file.is_file():
+            return {}
+        with _of_this_model(self.boxes_file):
+            return read_box_predictions(self.boxes_file, self.classes, self.dimension)
+
+
+@contextmanager
+def _of_this_model(file: Path) -> Iterator[None]:
+    """Say of a file of predictions that does not fit what to do with the output folder."""
+    try:
+        yield
+    except SideFileError as error:
+        raise SideFileError(
+            f"The output folder {file.parent} holds predictions of another model, or a damaged file "
+            f"({error.problems[0].without_remedy}). Choose another folder with -o, or move {file.name} away."
+        ) from error
 
 
 def boxes_in_stored_image(

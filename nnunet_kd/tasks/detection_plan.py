@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from monai.data.box_utils import box_iou
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
@@ -16,6 +17,8 @@ from nnunet_kd.errors import NnUNetKDError
 # that the box is planned for. Then ATSS finds it good candidates wherever it lies.
 LEAST_OVERLAP = 1 / 3
 SMALLEST, LARGEST = 0.05, 0.95  # quantiles of the boxes that levels are made for
+NMS_THRESHOLDS = 0.1, 0.5  # boxes of touching objects overlap a little; a copy of a box must not survive
+NEIGHBOURS = 0.99  # quantile of the boxes' greatest IoU with a neighbour
 
 
 class DetectionPlanError(NnUNetKDError):
@@ -31,7 +34,7 @@ class DetectionPlan:
         anchors: Anchor shapes of each level, [level][anchor][axis]; as many on each level.
         classes: Names of the classes, in the order of the outputs.
         score_threshold: Boxes with a lower score are not reported.
-        nms_threshold: Of two boxes of one class in one patch with a greater IoU, the lower score is dropped.
+        nms_threshold: Boxes of one class with a greater IoU are taken for one object, in a patch and over patches.
         detections_per_image: At most so many boxes are reported per patch.
     """
 
@@ -98,20 +101,25 @@ def plan_detection(
     patch_size: Sequence[int],
     classes: Sequence[str],
     *,
+    overlaps: NDArray[np.floating] | None = None,
     num_anchors: int = 3,
     max_levels: int = 4,
 ) -> DetectionPlan:
-    """Choose levels and anchors for the boxes of a dataset.
+    """Choose levels, anchors and thresholds for the boxes of a dataset.
 
     Each box belongs to the coarsest level that is fine enough for it (``LEAST_OVERLAP``), or to the finest there is.
     The finest level used is that of all but the smallest 5% of boxes, so full resolution is used only where boxes need
     it. A level's anchors are the k-means centres of its boxes' log sizes. The same boxes give the same plan.
+
+    Boxes that overlap more than objects of the dataset do are taken for one (``overlaps``). A fixed 0.3 leaves the
+    nested boxes that anchors of several sizes find of one object, whose IoU is small, most of all in 3D.
 
     Args:
         box_sizes: [N, dim] lengths of the training boxes in preprocessed voxels, array order.
         strides: Strides of the decoder's levels in any order (those of all encoder stages but the bottleneck).
         patch_size: Voxels per axis; longer boxes are seen cropped to it.
         classes: Names of the classes.
+        overlaps: From :func:`neighbour_overlaps`, of all images; None: objects do not overlap.
         num_anchors: Anchors per position.
         max_levels: At most so many levels, the finest needed ones.
 
@@ -140,7 +148,23 @@ def plan_detection(
         strides=tuple(ordered[level] for level in used),
         anchors=tuple(anchor_shapes(sizes[level_of_box == level], num_anchors) for level in used),
         classes=tuple(classes),
+        nms_threshold=planned_nms_threshold(overlaps),
     )
+
+
+def neighbour_overlaps(boxes: NDArray[np.floating], labels: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Greatest IoU [N] of each box [N, 2 * dim] of an image with another one of its class; 0 without another one."""
+    overlap = np.asarray(box_iou(boxes.astype(np.float64), boxes.astype(np.float64)), dtype=np.float64)
+    overlap[labels[:, None] != labels[None]] = 0
+    np.fill_diagonal(overlap, 0)
+    return overlap.max(1, initial=0)
+
+
+def planned_nms_threshold(overlaps: NDArray[np.floating] | None) -> float:
+    """The IoU that all but 1% of a dataset's boxes do not exceed with a neighbour, within ``NMS_THRESHOLDS``."""
+    least, most = NMS_THRESHOLDS
+    usual = 0.0 if overlaps is None or not len(overlaps) else float(np.quantile(overlaps, NEIGHBOURS))
+    return round(min(max(usual, least), most), 2)
 
 
 def displaced_overlap(sizes: NDArray[np.float64], stride: Sequence[int]) -> NDArray[np.float64]:

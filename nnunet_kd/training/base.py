@@ -23,6 +23,7 @@ from torch import Tensor, distributed, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_kd.data.folds import keep_groups_together
 from nnunet_kd.data.labeled_cases import labeled_cases
 from nnunet_kd.data.member import Member
 from nnunet_kd.environment import environment, replaced
@@ -51,6 +52,7 @@ class KDTrainer(nnUNetTrainer):
         self.settings = self.resolve_settings(plans, configuration, fold)
         self.given_settings = json.loads(json.dumps(read_user_settings(), default=str))
         self.training_cases: list[str] | None = None  # of the fold, once they were asked for
+        self._groups_are_kept = False  # not looked at yet
         is_ddp = distributed.is_available() and distributed.is_initialized()
         if is_ddp:
             _refuse_small_batches(self.planned_batch_sizes(plans, configuration), distributed.get_world_size())
@@ -89,7 +91,10 @@ class KDTrainer(nnUNetTrainer):
         return Member(manager.dataset_name, manager.plans_name, self.configuration_name, description)
 
     def fold_split(self) -> tuple[list[str], list[str]]:
-        """Training and validation cases of the fold."""
+        """Training and validation cases of the fold, neither of which divides a group of ``split_by``."""
+        if not self._groups_are_kept:
+            keep_groups_together(self.own_dataset(), self.fold)
+            self._groups_are_kept = True
         training, validation = nnUNetTrainer.do_split(self)
         return list(training), list(validation)
 

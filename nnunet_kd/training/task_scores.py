@@ -118,3 +118,23 @@ def mean_score(scores: Mapping[str, float]) -> float:
     """Mean of the scores that are defined; NaN if none is."""
     known = [score for score in scores.values() if not np.isnan(score)]
     return float(np.mean(known)) if known else float("nan")
+
+
+class LatestScores:
+    """The last defined value of every score of every dataset.
+
+    A few validation patches may lack what a score needs. Were it left out of the mean then, epochs would be compared
+    in different tasks; were it 0, one of them would be punished for its patches.
+    """
+
+    def __init__(self, values: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        self.values = {dataset: dict(own) for dataset, own in (values or {}).items()}
+
+    def update(self, dataset: str, scores: Mapping[str, float]) -> None:
+        """Take over those scores of an epoch that are defined."""
+        known = {name: score for name, score in scores.items() if not np.isnan(score)}
+        self.values.setdefault(dataset, {}).update(known)
+
+    def joint(self) -> float:
+        """Mean over datasets of the mean over their scores; NaN as long as none was defined."""
+        return mean_score({dataset: mean_score(own) for dataset, own in self.values.items()})

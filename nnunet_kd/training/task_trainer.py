@@ -29,7 +29,7 @@ from nnunet_kd.tasks.detection_plan import DetectionPlan
 from nnunet_kd.training.base import KDTrainer
 from nnunet_kd.training.progress import append_curves
 from nnunet_kd.training.task_loss import TaskLoss
-from nnunet_kd.training.task_scores import TaskScores, mean_score, pseudo_dice
+from nnunet_kd.training.task_scores import LatestScores, TaskScores, pseudo_dice
 from nnunet_kd.training.task_validation import validate_tasks
 
 
@@ -41,6 +41,7 @@ class TaskTrainer(KDTrainer):
     def initialize(self) -> None:
         """Find out which tasks are trained, then initialise as stock nnU-Net does."""
         self.tasks: Tasks | None = None
+        self.latest_scores = LatestScores()
         self.detection_plan: DetectionPlan | None = None
         heads = planned_heads(self.configuration_manager.configuration["architecture"])
         declared = Tasks.from_dataset_json(self.dataset_json)
@@ -89,9 +90,10 @@ class TaskTrainer(KDTrainer):
     # ---- checkpoint -------------------------------------------------------------------------------------------------
 
     def checkpoint_extra(self) -> dict[str, Any]:
-        """Also what the outputs of the heads mean."""
+        """Also what the outputs of the heads mean, and the last defined scores."""
         meaning = self._meaning()
-        return {**super().checkpoint_extra(), **({} if meaning is None else {"tasks": meaning})}
+        own = {} if meaning is None else {"tasks": meaning, "latest_scores": self.latest_scores.values}
+        return {**super().checkpoint_extra(), **own}
 
     def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
         """Refuse to go on where the outputs of the heads meant something else.
@@ -100,6 +102,7 @@ class TaskTrainer(KDTrainer):
             SettingsError: Classes were renamed or reordered in dataset.json since.
         """
         super().load_checkpoint_extra(extra)
+        self.latest_scores = LatestScores(extra.get("latest_scores"))
         now = self._meaning() if "tasks" in extra else None
         if extra.get("tasks") != now:
             raise SettingsError(
@@ -118,7 +121,7 @@ class TaskTrainer(KDTrainer):
         """Stock loaders; with heads, they also carry class labels and boxes."""
         if self.tasks is None:
             return super().get_dataloaders()
-        data = TaskData.read(self.plans_manager.dataset_name, self.tasks, len(self.configuration_manager.patch_size))
+        data = self._task_data()
         processes = get_allowed_n_proc_DA()
         with environment({"nnUNet_n_proc_DA": "0"}):  # stock nnU-Net then returns the bare loaders
             stock = [augmenter.data_loader for augmenter in super().get_dataloaders()]
@@ -132,9 +135,21 @@ class TaskTrainer(KDTrainer):
             )
             for loader in stock
         )
+        for note in self._fold_notes(data):
+            self.print_to_log_file(f"WARNING: {self.plans_manager.dataset_name}, {note}")
         if self.settings.tasks.balance == "loss":
             self._weigh_classes(data, list(training.indices))
         return augmenters(training, validation, processes, pin_memory=self.device.type == "cuda")
+
+    def _task_data(self) -> TaskData:
+        assert self.tasks is not None
+        return TaskData.read(self.plans_manager.dataset_name, self.tasks, len(self.configuration_manager.patch_size))
+
+    def _fold_notes(self, data: TaskData) -> list[str]:
+        """What the fold's training cases cannot teach although the dataset has it."""
+        training, validation = self.do_split()
+        presences = data.presences({*training, *validation})
+        return [f"fold {self.fold}: {what}" for presence in presences for what in presence.one_sided(training)]
 
     def _weigh_classes(self, data: TaskData, cases: list[str]) -> None:
         for target, loss in zip(data.tasks.classification, self.task_loss.classification, strict=True):
@@ -185,19 +200,27 @@ class TaskTrainer(KDTrainer):
         return result
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        """Stock pseudo Dice; with heads, the mean over the tasks' scores takes the place of its mean."""
+        """Stock pseudo Dice; with heads, the mean over the tasks' latest scores takes the place of its mean."""
         if self.tasks is None:
             super().on_validation_epoch_end(val_outputs)
             return
         parts = self.gathered((val_outputs, self.task_scores))
         outputs = [output for own, _ in parts for output in own]
         scores = TaskScores.of_epoch(outputs, [own for _, own in parts])
-        self.logger.log("mean_fg_dice", float(np.nan_to_num(mean_score(scores))), self.current_epoch)
+        self.latest_scores.update(self.plans_manager.dataset_name, scores)
+        self.log_joint_score()
         self.logger.log("dice_per_class_or_region", pseudo_dice(outputs) or [float("nan")], self.current_epoch)
         self.logger.log("val_losses", float(np.mean([output["loss"] for output in outputs])), self.current_epoch)
         for name in self._curves():
             self.logger.log(name, scores[name], self.current_epoch)
         self.print_to_log_file("Pseudo scores:", ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+    def log_joint_score(self) -> None:
+        """Log what chooses ``checkpoint_best``; as long as no score was defined, the newest epoch is the best."""
+        score = self.latest_scores.joint()
+        if np.isnan(score):
+            self._best_ema = None
+        self.logger.log("mean_fg_dice", float(np.nan_to_num(score)), self.current_epoch)
 
     def gathered(self, own: Any) -> list[Any]:
         """What every process has, in the order of their ranks."""
@@ -227,7 +250,8 @@ class TaskTrainer(KDTrainer):
         _, cases = self.do_split()
         self.set_deep_supervision_enabled(False)
         self.network.eval()
-        metrics = validate_tasks(self, wanted, cases, Path(self.output_folder) / "validation")
+        notes = self._fold_notes(self._task_data())
+        metrics = validate_tasks(self, wanted, cases, Path(self.output_folder) / "validation", notes)
         for note in metrics.get("notes", []):
             self.print_to_log_file(note)
         self.print_to_log_file(f"Validation of {' and '.join(wanted)} complete, see summary.json")

@@ -20,16 +20,23 @@ from nnunet_kd.files import write_json
 from nnunet_kd.inference.task_files import boxes_in_stored_image
 from nnunet_kd.inference.task_predictor import TaskPredictor
 from nnunet_kd.settings import BLOCK
+from nnunet_kd.training.member_view import MemberView
 
 
-def validate_tasks(trainer: Any, wanted: Sequence[str], cases: Sequence[str], folder: Path) -> dict[str, Any]:
+def validate_tasks(
+    trainer: Any, wanted: Sequence[str], cases: Sequence[str], folder: Path, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Predict ``cases`` and write ``classification.csv``, ``boxes.json`` and all metrics into summary.json.
+
+    Those of the segmentations, which stock nnU-Net has written, are added; but not where a shared head has merged
+    labels, since they take each label for itself.
 
     Args:
         trainer: Its network, plans and preprocessed dataset are used.
         wanted: "classification", "detection" or both.
         cases: Validation cases.
         folder: The fold's validation folder.
+        notes: To put before those of the metrics.
 
     Returns:
         The metrics as they are in summary.json.
@@ -81,7 +88,11 @@ def validate_tasks(trainer: Any, wanted: Sequence[str], cases: Sequence[str], fo
     if predictor.detection is not None:
         write_box_predictions(folder / "boxes.json", boxes, predictor.detection.plan.classes)
     reference = ReferenceDataset.open(trainer.preprocessed_dataset_folder_base)
-    metrics = evaluate_tasks(reference, folder, tasks=wanted, cases=list(cases), show_progress=False).to_json()
+    evaluated = [*wanted]
+    if trainer.tasks.segmentation and not isinstance(trainer.network, MemberView):
+        evaluated.insert(0, "segmentation")
+    metrics = evaluate_tasks(reference, folder, tasks=evaluated, cases=list(cases), show_progress=False).to_json()
+    metrics["notes"] = [*notes, *metrics.get("notes", [])]
     summary = folder / "summary.json"
     content = json.loads(summary.read_text()) if trainer.tasks.segmentation and summary.is_file() else {}
     write_json(summary, {**content, BLOCK: {**content.get(BLOCK, {}), **metrics}})

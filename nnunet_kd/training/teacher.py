@@ -42,7 +42,7 @@ from nnunet_kd.training.alignment import AlignedLoss, MemberClassifier
 from nnunet_kd.training.joint_segmentations import write_joint_segmentations
 from nnunet_kd.training.member_view import MemberView, evaluation_labels
 from nnunet_kd.training.task_loss import TaskLoss
-from nnunet_kd.training.task_scores import TaskScores, mean_score, pseudo_dice
+from nnunet_kd.training.task_scores import TaskScores, pseudo_dice
 from nnunet_kd.training.task_trainer import TaskTrainer
 
 
@@ -362,8 +362,9 @@ class nnUNetTrainerKDTeacher(TaskTrainer):
                 num_classes = label_manager.num_segmentation_heads - (0 if label_manager.has_regions else 1)
                 dice_per_class += pseudo_dice(own) or [float("nan")] * num_classes
             self.scores[name] = TaskScores.of_epoch(own, [scores[name] for _, scores in parts if name in scores])
-        means = {name: mean_score(scores) for name, scores in self.scores.items()}
-        self.logger.log("mean_fg_dice", float(np.nan_to_num(mean_score(means))), self.current_epoch)
+        for name, own_scores in self.scores.items():
+            self.latest_scores.update(name, own_scores)
+        self.log_joint_score()
         self.logger.log("dice_per_class_or_region", dice_per_class or [float("nan")], self.current_epoch)
         self.logger.log("val_losses", np.mean([output["loss"] for output in outputs]), self.current_epoch)
         for name, scores in self.member_scores.items():
@@ -389,9 +390,10 @@ class nnUNetTrainerKDTeacher(TaskTrainer):
         ]
 
     def checkpoint_extra(self) -> dict[str, Any]:
-        """Also the cases that the teacher was trained on, and the steps per member."""
+        """Also the cases that the teacher was trained on, the steps per member, and the last defined scores."""
         cases = {name: list(training) for name, (training, _) in self.splits.items()}
-        return {**super().checkpoint_extra(), "training_cases": cases, "steps": dict(self.steps)}
+        own = {"training_cases": cases, "steps": dict(self.steps), "latest_scores": self.latest_scores.values}
+        return {**super().checkpoint_extra(), **own}
 
     def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
         """Also the steps per member.

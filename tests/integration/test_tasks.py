@@ -99,6 +99,9 @@ def test_validation_writes_all_tasks_and_their_metrics(trained: Any) -> None:
     assert {"size", "findings"} == set(summary["nnunet_kd"]["classification"])
     assert summary["nnunet_kd"]["detection"]["num_images"] == len(cases)
     assert np.isfinite(summary["foreground_mean"]["Dice"])
+    mean = summary["nnunet_kd"]["segmentation"]["mean"]
+    assert mean["dice"]["value"] == pytest.approx(summary["foreground_mean"]["Dice"])
+    assert {"nsd", "hd95_mm", "volume_error_ml"} <= set(mean)
     (log,) = fold.glob("training_log_*.txt")
     assert "Pseudo scores: Dice" in log.read_text()
     checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
@@ -154,6 +157,62 @@ def test_classes_alone_need_no_segmentation(planned: Any) -> None:
     (log,) = validation.parent.glob("training_log_*.txt")
     cases = read(planned.preprocessed / CLASSES / "splits_final.json")[0]["val"]
     assert re.findall(r"predicting (\S+)", log.read_text()) == cases  # which also times them for leaderboards
+
+
+def test_folds_that_cannot_be_learned_are_warned_of_and_those_that_divide_groups_refused(
+    planned: Any, tmp_path: Path
+) -> None:
+    world = planned.copy(tmp_path)
+    folder = world.preprocessed / CLASSES
+    with (folder / "classification.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    patient = {row["case"]: row["patient"] for row in rows}
+    small = [row["case"] for row in rows if row["size"] == "small"]
+    large = [row["case"] for row in rows if row["size"] == "large"]
+    other = [case for case in large if patient[case] not in {patient[own] for own in small}]
+    assert small
+    assert other
+    (folder / "splits_final.json").write_text(json.dumps([{"train": small, "val": other}]))
+    command = (12, "Control", "-p", "nnUNetKDPlansSmall")
+    output = world.train(*command, configuration="2d", settings=SETTINGS)
+    warning = "fold 0: no training case of classification.csv, size has large"
+    assert f"WARNING: {CLASSES}, {warning}" in output
+    fold = control(world, CLASSES) / "fold_0"
+    assert warning in read(fold / "validation" / "summary.json")["nnunet_kd"]["notes"]
+    best = torch.load(fold / "checkpoint_best.pth", weights_only=False)
+    assert best["current_epoch"] == 2  # AUROC was never defined, so the newest epoch is taken
+    (folder / "splits_final.json").write_text(json.dumps([{"train": [rows[0]["case"]], "val": [rows[1]["case"]]}]))
+    divided = patient[rows[0]["case"]] == patient[rows[1]["case"]]
+    assert divided, "the first two cases are of one patient"
+    output = world.train(*command, configuration="2d", settings=SETTINGS, check=False)
+    assert "'patient' both in training and in validation" in output
+    (folder / "splits_final.json").unlink()
+    shutil.rmtree(world.results)
+    world.train(*command, configuration="2d", settings=SETTINGS)
+    for split in read(folder / "splits_final.json"):
+        assert not {patient[case] for case in split["train"]} & {patient[case] for case in split["val"]}
+    shutil.rmtree(tmp_path)
+
+
+def test_folds_are_looked_at_once_they_are_made(planned: Any, tmp_path: Path) -> None:
+    world = planned.copy(tmp_path)
+    (world.preprocessed / CLASSES / "splits_final.json").unlink()
+    for file in (world.raw / CLASSES / "classification.csv", world.preprocessed / CLASSES / "classification.csv"):
+        with file.open() as opened:
+            rows = list(csv.DictReader(opened))
+        first = rows[0]["patient"]
+        for row in rows:
+            row["size"] = "small" if row["patient"] == first else "large"
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    output = world.plan("-d", "12", "-c", "2d")
+    assert "no training case of classification.csv, size has small" in output
+    assert "WARNING" in output
+    output = world.plan("-d", "12", "-c", "2d", "--width", "0.5", check=False)
+    assert "nnUNetKD_plan_student" in output
+    shutil.rmtree(tmp_path)
 
 
 def test_volumes(planned: Any) -> None:

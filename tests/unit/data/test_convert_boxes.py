@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,21 @@ def test_all_that_is_wrong_in_a_coco_file_is_named(tmp_path: Path, flat: Any) ->
     assert "30 x 20" in lines[0]
 
 
+def test_ids_that_joined_coco_files_repeat_are_named(tmp_path: Path, flat: Any) -> None:
+    """Else the boxes of the first image would silently go to the second."""
+    images = [{"id": 7, "file_name": "a.png"}, {"id": 7, "file_name": "b.png"}]
+    categories = [{"id": 1, "name": "cyst"}, {"id": 3, "name": "mass"}, {"id": 1, "name": "stone"}]
+    annotations = [{"image_id": 7, "category_id": 1, "bbox": [0, 0, 1, 1]}]
+    with pytest.raises(SideFileError) as error:
+        boxes_from_coco(coco(tmp_path, images=images, categories=categories, annotations=annotations), *flat)
+    category, image = str(error.value).splitlines()
+    assert "categories[2]: the id 1 of stone is also that of cyst" in category
+    assert "images[1]: the id 7 of b.png is also that of a.png" in image
+    same = [{"id": 1, "name": "cyst"}] * 2  # the same categories in every joined file are no contradiction
+    conversion = boxes_from_coco(coco(tmp_path, images=images[:1], categories=same, annotations=annotations), *flat)
+    assert plain(conversion) == {"a": [("cyst", [0, 0, 1, 1])]}
+
+
 @pytest.mark.parametrize(
     ("parts", "named"),
     [
@@ -289,6 +305,21 @@ def test_all_that_is_wrong_in_nndetection_files_is_named(tmp_path: Path, volumes
     assert "b.nii.gz: the file does not exist" in str(error.value)
 
 
+def test_an_instance_mask_without_its_json_is_named(tmp_path: Path, volumes: Any) -> None:
+    """Else its case would silently count as an image without objects."""
+    image = np.zeros((6, 12, 14), dtype=np.uint8)
+    image[1, 1, 1] = 1
+    folder = tmp_path / "raw_splitted" / "labelsTr"
+    for case in ("a", "b", "stranger"):
+        instances(tmp_path, case, image, {"1": 0})
+    for case in ("b", "stranger"):
+        (folder / f"{case}.json").unlink()
+    with pytest.raises(SideFileError) as error:
+        boxes_from_nndetection(folder, *volumes, ["x"], show_progress=False)
+    (line,) = str(error.value).splitlines()
+    assert f"{folder / 'b.json'}: the file does not exist, but b.nii.gz does" in line
+
+
 # --- command ----------------------------------------------------------------------------------------------------------
 def test_the_command_writes_boxes_that_verify_accepts_and_overwrites_nothing(
     raw: Path, capsys: pytest.CaptureFixture[str]
@@ -340,3 +371,36 @@ def test_wrong_arguments_end_with_a_message(
         main(["-d", "905", *arguments])
     assert ended.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_the_command_says_which_cases_the_source_leaves_out(
+    tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset(raw, {case: np.zeros((20, 30), dtype=np.uint8) for case in ("a", "b", "c")})
+    source = coco(
+        tmp_path,
+        images=[{"id": 1, "file_name": "a.png"}],
+        annotations=[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}],
+    )
+    main(["-d", "905", "--coco", str(source)])
+    output = capsys.readouterr().out
+    assert f"2 of 3 cases are not mentioned in {source}; they count as cases without boxes." in output
+
+
+def test_without_boxes_no_class_is_suggested(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A detection task needs a class."""
+    folder, _ = dataset(raw, {"a": np.zeros((20, 30), dtype=np.uint8)})
+    main(["-d", "905", "--from_masks", "--disable_progress_bar"])
+    output = capsys.readouterr().out
+    assert '"classes"' not in output
+    assert "No box was found" in output
+    assert json.loads((folder / "boxes.json").read_text()) == {"a": []}
+
+
+def test_a_missing_labels_folder_is_said_once(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = dataset(raw, {f"c{index}": np.eye(8, dtype=np.uint8) for index in range(3)})
+    shutil.rmtree(folder / "labelsTr")
+    with pytest.raises(SystemExit):
+        main(["-d", "905", "--from_masks", "--disable_progress_bar"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"There is no labelsTr with segmentations: {folder / 'labelsTr'} does not exist" in line

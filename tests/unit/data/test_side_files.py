@@ -94,7 +94,9 @@ def test_a_finding_is_0_or_1(tmp_path: Path, value: str) -> None:
         (b"case,label\na,low\n", "no column 'grade'; there are case, label"),
         (b"id,label\na,low\n", "no column 'case', 'grade'"),
         (b"case,grade,grade\na,low,low\n", "more than one column 'grade'"),
-        (b"", "no column"),
+        (b"", "the file is empty"),
+        (b" \n\n", "the file is empty"),
+        (b"\ncase,grade\na,low\n", "the first line is empty"),
     ],
 )
 def test_an_unreadable_table_is_one_problem(tmp_path: Path, content: bytes | None, named: str) -> None:

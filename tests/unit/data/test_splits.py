@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_kd.data.side_files import SideFileError
 from nnunet_kd.data.splits import fold_cases, join_key, join_splits, member_splits, read_groups, split_key
 from nnunet_kd.errors import JointDatasetError
 
@@ -108,20 +109,30 @@ def test_groups_are_read_from_the_classification_file(tmp_path: Path) -> None:
     file = tmp_path / "classification.csv"
     file.write_text("\ufeffcase,label,patient\na,benign,P1\nb,malignant,P1\nc,benign,\n", encoding="utf-8")
     assert read_groups(file, "patient") == {"a": "P1", "b": "P1"}
-    with pytest.raises(JointDatasetError, match=r"'group'.*case, label, patient"):
+    with pytest.raises(SideFileError, match=r"'group'.*case, label, patient"):
         read_groups(file, "group")
 
 
-def test_broken_classification_files_are_refused(tmp_path: Path) -> None:
+def test_a_case_has_one_group(tmp_path: Path) -> None:
     file = tmp_path / "classification.csv"
-    file.write_text("identifier,patient\na,P1\n")
-    with pytest.raises(JointDatasetError, match="no column 'case'"):
-        read_groups(file, "patient")
     file.write_text("case,patient\na,P1\na,P2\n")
     with pytest.raises(JointDatasetError, match="a two values of 'patient', 'P1' and 'P2'"):
         read_groups(file, "patient")
-    file.write_text("")
-    with pytest.raises(JointDatasetError, match="no column"):
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"identifier,patient\na,P1\n", "no column 'case'"),
+        (b"grade,patient,case\nlow,P1,a\nlow,P2\n", "line 3: 2 values, but the header has 3 columns"),
+        (b"", "the file is empty"),
+        (b"case,patient\na,\xff\n", "line 2 is not UTF-8"),
+    ],
+)
+def test_groups_that_cannot_be_read_are_refused(tmp_path: Path, content: bytes, named: str) -> None:
+    file = tmp_path / "classification.csv"
+    file.write_bytes(content)
+    with pytest.raises(SideFileError, match=named):
         read_groups(file, "patient")
 
 

@@ -140,12 +140,11 @@ def test_every_problem_is_found_in_one_run(toy: Toy) -> None:
     ("spoil", "file", "named"),
     [
         (lambda toy: (toy.raw / "boxes.json").unlink(), "boxes.json", ["the file does not exist"]),
-        (lambda toy: (toy.raw / "boxes.json").write_text("{"), "boxes.json", ["malformed JSON", "no training case"]),
-        (
-            lambda toy: (toy.raw / "boxes.json").write_bytes(b'{"\xff": []}'),
-            "boxes.json",
-            ["UTF-8", "no training case"],
-        ),
+        (lambda toy: (toy.raw / "boxes.json").write_text("{"), "boxes.json", ["malformed JSON"]),
+        (lambda toy: (toy.raw / "boxes.json").write_text("[]"), "boxes.json", ["lists of boxes by case"]),
+        (lambda toy: (toy.raw / "boxes.json").write_text(""), "boxes.json", ["the file is empty"]),
+        (lambda toy: (toy.raw / "boxes.json").write_text("{}"), "boxes.json", ["no training case has any"]),
+        (lambda toy: (toy.raw / "boxes.json").write_bytes(b'{"\xff": []}'), "boxes.json", ["UTF-8"]),
         (lambda toy: (toy.raw / "dataset.json").write_text("{"), "dataset.json", ["is not valid JSON"]),
         (lambda toy: toy.write({"tasks": {"detection": {}}}, [], {}), "dataset.json", ["detection.classes"]),
         (lambda toy: shutil.rmtree(toy.raw / "imagesTr"), NAME, ["no training images"]),
@@ -169,6 +168,21 @@ def test_a_broken_file_is_reported(toy: Toy, spoil: Callable[[Toy], Any], file: 
 def test_a_missing_table_is_reported_once_for_all_who_read_it(toy: Toy) -> None:
     (toy.raw / "classification.csv").unlink()
     assert [problem.what for problem in toy.problems()] == ["the file does not exist"]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "the file is empty"),
+        (b"case;grade;effusion;edema;patient\ntoy_000;low;0;1;p0\n", "not separated by commas"),
+        (b'case,grade,effusion,edema,patient\ntoy_000,low,0,1,"p0\n', "malformed CSV"),
+        (b"case,grade,effusion,edema,patient\ntoy_000,low,0,1,\xff\n", "line 2 is not UTF-8"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_not_said_to_lack_classes(toy: Toy, content: bytes, named: str) -> None:
+    (toy.raw / "classification.csv").write_bytes(content)
+    (problem,) = toy.problems()
+    assert named in problem.what
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------

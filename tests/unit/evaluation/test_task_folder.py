@@ -75,7 +75,7 @@ def test_classification_format(tmp_path: Path) -> None:
         ("case,grade/II,grade/III\nx,0.5,0.5\nx,0.5,0.5\n", "line 3, case x: the case has another row"),
         ("case,grade/II,grade/III\nx,0.5\n", "line 2: 2 values, but the header has 3"),
         (b"case,grade/II,grade/III\n\xff,0.5,0.5\n", "line 2 is not UTF-8"),
-        ("", "no column 'case'"),
+        ("", "the file is empty"),
     ],
 )
 def test_bad_classification_predictions(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -224,6 +224,10 @@ def test_all_tasks(dataset: Path, predicted: Path, tmp_path: Path, capsys: pytes
     boxes = pd.read_csv(tmp_path / "out" / "detection_metrics.csv").set_index(["class", "metric"])["value"]
     assert boxes["cyst", "sensitivity@0.5"] == pytest.approx(0.8)
     assert boxes["cyst", "detections"] == 7
+    means = pd.read_csv(tmp_path / "out" / "segmentation_metrics.csv", keep_default_na=False)
+    row = means[(means["class"] == "") & (means["metric"] == "dice")].iloc[0]
+    assert row["value"] == pytest.approx(7 / 8)
+    assert row["low"] < row["value"] <= row["high"]
     assert pd.read_csv(tmp_path / "out" / "segmentation_cases.csv")["dice"].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
     figures = sorted(file.name for file in (tmp_path / "out" / "figures").iterdir())
     kinds = ("confusion", "precision_recall", "reliability", "roc")
@@ -313,6 +317,28 @@ def test_bad_arguments(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert message in fails(capsys, *arguments)
+
+
+def test_a_short_row_of_the_groups_file_is_named(
+    dataset: Path, predicted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = dataset / "classification.csv"
+    file.write_text("grade,patient,case\nII,p0,kidney_000\nIII,p0\n")
+    message = fails(capsys, "-ref", dataset, "-pred", predicted, "--no_figures")
+    assert f"{file}, line 3: 2 values, but the header has 3 columns" in message
+
+
+@pytest.mark.parametrize("ending", [None, ""])
+def test_a_reference_without_file_ending_is_refused(
+    dataset: Path, predicted: Path, ending: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    description = json.loads((dataset / "dataset.json").read_text())
+    del description["file_ending"]
+    (dataset / "dataset.json").write_text(
+        json.dumps({**description, **({} if ending is None else {"file_ending": ""})})
+    )
+    message = fails(capsys, "-ref", dataset, "-pred", predicted)
+    assert f"{dataset / 'dataset.json'} has no 'file_ending'" in message
 
 
 def test_predictions_of_other_images(dataset: Path, predicted: Path) -> None:

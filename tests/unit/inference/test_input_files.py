@@ -21,6 +21,15 @@ def test_a_folder_stays_a_folder(images: Path) -> None:
     assert input_images([str(images)], ".nii.gz") == str(images)
 
 
+@pytest.mark.parametrize("names", [[], ["a.png", "b_0000.nii"], ["a.nii.gz", "a_0000.nii.gz.txt"]])
+def test_a_folder_without_images_is_refused(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(NnUNetKDError, match=r"holds no image CASE_0000\.nii\.gz") as error:
+        input_images([str(tmp_path)], ".nii.gz")
+    assert str(tmp_path) in str(error.value)
+
+
 def test_files_are_grouped_by_case_in_the_order_of_their_channels(images: Path) -> None:
     names = ["b_1_0001", "a_0000", "b_1_0000", "a_0001"]
     found = input_images([str(images / f"{name}.nii.gz") for name in names], ".nii.gz")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -187,6 +188,8 @@ def test_heads_are_found_by_name_member_and_id(teacher_folder: Path) -> None:
         choose_member(joint, "liver")
     with pytest.raises(NnUNetKDError, match="--head"):
         choose_member(joint, None)
+    with pytest.raises(NnUNetKDError, match=r"what to predict\. Members: Dataset001_Own, Dataset002_First"):
+        choose_member(dataclasses.replace(joint, heads={}), None)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from nnunet_kd.evaluation.prediction_files import read_box_predictions, read_cla
 from nnunet_kd.inference import case_collector
 from nnunet_kd.inference.task_files import boxes_in_stored_image
 from nnunet_kd.inference.task_predictor import TaskPredictor
-from nnunet_kd.networks.multitask import TaskOutputs, multitask_architecture
+from nnunet_kd.networks.multitask import TaskOutputs, multitask_architecture, stock_architecture, stock_weights
 from nnunet_kd.tasks.classification import ClassificationHead
 from nnunet_kd.tasks.detection import BoxMaps
 
@@ -473,7 +473,65 @@ def test_parts_fill_one_file_and_a_failure_loses_no_case(
 def test_files_of_another_model_are_not_mixed(folders: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     folders.output.mkdir()
     (folders.output / "classification.csv").write_text("case,other/x,other/y\na,0.5,0.5\n")
-    with pytest.raises(SystemExit):
-        predict(folders)
-    assert "grade/low" in capsys.readouterr().err
+    message = failed(folders, capsys)
+    assert f"The output folder {folders.output} holds predictions of another model" in message
+    assert "grade/low" in message
+    assert "Choose another folder with -o, or move classification.csv away." in message
+    assert "dataset.json" not in message
     assert not (folders.output / "a.png").exists()
+    (folders.output / "classification.csv").unlink()
+    (folders.output / "boxes.json").write_text('{"a": [{"label": "mass", "box": [0, 0, 1, 1], "score": 1}]}')
+    message = failed(folders, capsys)
+    assert "holds predictions of another model" in message
+    assert "'mass' is not a class" in message
+    assert "Choose another folder with -o, or move boxes.json away." in message
+
+
+def failed(folders: SimpleNamespace, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a call that ends with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        predict(folders, *arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_an_unreadable_image_is_named_and_the_cases_before_it_are_kept(
+    folders: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = folders.images / "b_0000.png"
+    whole = broken.read_bytes()
+    broken.write_text("abc")
+    message = failed(folders, capsys)
+    assert f"Case b cannot be read from {broken}: " in message
+    assert "--continue_prediction" in message
+    assert list(classes_in(folders.output)) == ["a"]
+    assert (folders.output / "a.png").is_file()
+    broken.write_bytes(whole)
+    predict(folders, "--continue_prediction")
+    assert list(classes_in(folders.output)) == ["a", "b", "c"]
+
+
+def test_an_unreadable_image_of_a_stock_model_is_named(
+    folders: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = folders.plans["configurations"]["2d"]["architecture"]
+    folders.plans["configurations"]["2d"]["architecture"] = stock_architecture(arguments)
+    (folders.model / "plans.json").write_text(json.dumps(folders.plans))
+    for fold in (0, 1):
+        file = folders.model / f"fold_{fold}" / "checkpoint_final.pth"
+        checkpoint = torch.load(file, weights_only=False)
+        torch.save({**checkpoint, "network_weights": stock_weights(checkpoint["network_weights"])}, file)
+    (folders.images / "b_0000.png").write_text("abc")
+    message = failed(folders, capsys)
+    assert f"Case b cannot be read from {folders.images / 'b_0000.png'}: " in message
+    assert (folders.output / "a.png").is_file()
+
+
+def test_an_input_folder_without_images_is_refused(
+    folders: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.images = tmp_path / "empty"
+    folders.images.mkdir()
+    message = failed(folders, capsys)
+    assert f"The input folder {folders.images} (-i) holds no image CASE_0000.png" in message
+    assert not folders.output.exists()

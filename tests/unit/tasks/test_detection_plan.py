@@ -14,6 +14,7 @@ from nnunet_kd.tasks.detection_plan import (
     DetectionPlanError,
     anchor_shapes,
     displaced_overlap,
+    neighbour_overlaps,
     plan_detection,
 )
 
@@ -101,3 +102,28 @@ def test_unreadable_plans_are_named() -> None:
         DetectionPlan.from_dict({key: value for key, value in made.items() if key != "anchors"})
     with pytest.raises(DetectionPlanError, match="levels"):
         DetectionPlan.from_dict({**made, "anchors": []})
+
+
+def test_overlaps_with_neighbours_of_the_class() -> None:
+    boxes = np.array([[0, 0, 4, 4], [2, 0, 6, 4], [0, 0, 4, 4], [20, 20, 22, 22]], dtype=float)
+    labels = np.array([0, 0, 1, 0])
+    # 2 x 4 of 16 + 16 - 8 pixels; the third is the first one's twin, but of another class
+    np.testing.assert_allclose(neighbour_overlaps(boxes, labels), [8 / 24, 8 / 24, 0, 0])
+    assert neighbour_overlaps(np.zeros((0, 6)), np.zeros(0, dtype=np.int64)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "expected"),
+    [
+        (None, 0.1),
+        ([], 0.1),
+        ([0.0] * 99 + [0.9], 0.1),  # one copy among a hundred boxes
+        ([0.0] * 60 + [0.25] * 40, 0.25),
+        ([0.7] * 50, 0.5),
+    ],
+)
+def test_boxes_that_overlap_more_than_objects_do_become_one(overlaps: list[float] | None, expected: float) -> None:
+    own = None if overlaps is None else np.array(overlaps)
+    made = plan_detection(np.full((100, 2), 8.0), STRIDES, (128, 128), ["lesion"], overlaps=own)
+    assert made.nms_threshold == pytest.approx(expected, abs=0.011)
+    assert DetectionPlan.from_dict(json.loads(json.dumps(made.to_dict()))) == made

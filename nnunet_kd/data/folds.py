@@ -1,0 +1,120 @@
+"""What is wrong with the folds of a dataset with tasks or groups: for verification, planning and training alike."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_kd.data.member import Member, read_json
+from nnunet_kd.data.side_files import CaseBoxes, side_file
+from nnunet_kd.data.splits import REPAIR_SPLITS, Split, member_splits, read_groups
+from nnunet_kd.data.tasks import Tasks
+from nnunet_kd.errors import JointDatasetError
+from nnunet_kd.files import write_json
+
+MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Presence:
+    """Which classes of a target each case has: [classes] of 0 and 1, NaN where not labelled."""
+
+    title: str
+    classes: tuple[str, ...]
+    cases: dict[str, NDArray[np.float32]]
+    needs_negatives: bool = False
+
+    @classmethod
+    def of_boxes(
+        cls, title: str, classes: tuple[str, ...], boxes: Mapping[str, CaseBoxes], cases: Iterable[str]
+    ) -> Presence:
+        """Of detection; a case without entry has no boxes, so that every case is labelled."""
+        present = {case: np.zeros(len(classes), dtype=np.float32) for case in cases}
+        for case in present:
+            if case in boxes:
+                present[case][boxes[case].labels] = 1
+        return cls(title, classes, present)
+
+    def counts(self, cases: Iterable[str]) -> dict[str, int]:
+        """Class to the number of ``cases`` that have it."""
+        rows = [self.cases[case] for case in cases if case in self.cases]
+        total = np.nansum(np.array(rows).reshape(-1, len(self.classes)), axis=0)
+        return {name: int(number) for name, number in zip(self.classes, total, strict=True)}
+
+    def one_sided(self, training: Collection[str]) -> list[str]:
+        """What cannot be learned from the training cases of a fold although the dataset has it."""
+        found, everywhere = self.counts(training), self.counts(self.cases)
+        missing = [name for name in self.classes if everywhere[name] and not found[name]]
+        wrong = [f"no training case of {self.title} has {some(missing)}"] if missing else []
+        if self.needs_negatives:
+            for index, name in enumerate(self.classes):
+                values = [self.cases[case][index] for case in training if case in self.cases]
+                if found[name] and found[name] == np.count_nonzero(~np.isnan(values)):
+                    wrong.append(f"every labelled training case of {self.title} has {name}")
+        return wrong
+
+
+def shared_groups(groups: Mapping[str, str], split: Split) -> list[str]:
+    """Groups that have cases on both sides of a fold."""
+    training, validation = ({groups[case] for case in split[side] if case in groups} for side in ("train", "val"))
+    return sorted(training & validation)
+
+
+def planned_splits(member: Member, cases: Sequence[str]) -> list[Split]:
+    """The member's splits_final.json, or what stock training would write there, grouped by ``split_by``.
+
+    Raises:
+        JointDatasetError: The file is broken, or there are too few cases or groups.
+    """
+    if member.splits_file.is_file():
+        splits: list[Split] = read_json(member.splits_file, REPAIR_SPLITS)
+        return splits
+    tasks = Tasks.from_dataset_json(member.dataset_json)
+    groups = None
+    if tasks.split_by is not None:
+        groups = read_groups(side_file(member.name, tasks.groups_file), tasks.split_by)
+    try:
+        return member_splits(cases, None, groups)
+    except JointDatasetError as error:
+        raise JointDatasetError(f"{member.name}: {error}") from error
+
+
+def keep_groups_together(member: Member, fold: int | str) -> None:
+    """Make sure, before nnU-Net looks for folds, that a fold does not divide a group of ``split_by``.
+
+    Where there are no folds yet, grouped ones are written; nnU-Net would write some that divide groups.
+
+    Args:
+        member: The dataset; nothing is done if it does not declare ``split_by``.
+        fold: Of the training; "all" has no validation cases of its own.
+
+    Raises:
+        JointDatasetError: The fold divides a group, or would be nnU-Net's random one, as it is not in the file.
+    """
+    tasks = Tasks.from_dataset_json(member.dataset_json)
+    if tasks.split_by is None or fold == "all":
+        return
+    splits = planned_splits(member, member.identifiers)
+    if not member.splits_file.is_file():
+        write_json(member.splits_file, splits)
+    if int(fold) >= len(splits):
+        raise JointDatasetError(
+            f"{member.splits_file} has no fold {fold}, only 0 to {len(splits) - 1}, and nnU-Net's random one would "
+            f"divide values of '{tasks.split_by}'. Train one of them, or add the fold to the file."
+        )
+    groups = read_groups(side_file(member.name, tasks.groups_file), tasks.split_by)
+    shared = shared_groups(groups, splits[int(fold)])
+    if shared:
+        raise JointDatasetError(
+            f"Fold {fold} of {member.splits_file} has {len(shared)} value(s) of '{tasks.split_by}' both in training "
+            f"and in validation: {some(shared)}. Move the file away and train again, which makes folds by group; or "
+            f"remove 'split_by' from dataset.json."
+        )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
