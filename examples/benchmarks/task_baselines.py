@@ -29,6 +29,7 @@ from nnunet_kd.evaluation.detection import PredictedBoxes
 from nnunet_kd.evaluation.prediction_files import write_box_predictions, write_classification_predictions
 from nnunet_kd.inference.task_files import boxes_in_stored_image
 from nnunet_kd.tasks.classification import ClassificationLoss, probabilities
+from nnunet_kd.tasks.detection_plan import neighbour_overlaps, planned_nms_threshold
 
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRADIENT_NORM = 1e-3, 1e-2, 12
 PYRAMID_CHANNELS = 64  # 256 would cost a CPU ten times as much
@@ -170,7 +171,7 @@ def run_retinanet(images: WholeImages, split: Mapping[str, Sequence[str]], budge
     detection = images.tasks.detection
     assert detection is not None
     truth = {case: images.boxes(case) for case in split["train"]}
-    network = retinanet(images.shape, [boxes for boxes, _ in truth.values()], len(detection.classes))
+    network = retinanet(images.shape, list(truth.values()), len(detection.classes))
 
     def loss_of(batch: list[str], flips: list[list[int]]) -> Tensor:
         inputs, targets = [], []
@@ -193,10 +194,11 @@ def run_retinanet(images: WholeImages, split: Mapping[str, Sequence[str]], budge
     return seconds
 
 
-def retinanet(shape: Sequence[int], boxes: Sequence[Tensor], num_classes: int) -> nn.Module:
+def retinanet(shape: Sequence[int], truth: Sequence[tuple[Tensor, Tensor]], num_classes: int) -> nn.Module:
     """RetinaNet with five pyramid levels from stride 4 on, whose finest anchors fit the smallest boxes.
 
     Its anchors of 32 pixels and more at stride 8 would miss most lesions; the ratios and the doubling per level stay.
+    Boxes are taken for one object above the IoU that our plans have, too.
     """
     from torchvision.models import resnet18
     from torchvision.models.detection import RetinaNet
@@ -208,7 +210,8 @@ def retinanet(shape: Sequence[int], boxes: Sequence[Tensor], num_classes: int) -
     backbone = BackboneWithFPN(
         resnet18(weights=None), layers, [64, 128, 256, 512], PYRAMID_CHANNELS, extra_blocks=LastLevelMaxPool()
     )
-    sizes = torch.cat([(own[:, 2:] - own[:, :2]).prod(1).sqrt() for own in boxes]).numpy()
+    sizes = torch.cat([(own[:, 2:] - own[:, :2]).prod(1).sqrt() for own, _ in truth]).numpy()
+    overlaps = [neighbour_overlaps(own.numpy(), labels.numpy()) for own, labels in truth]
     finest = max(4.0, float(np.quantile(sizes, SMALLEST_BOXES)))
     anchors = AnchorGenerator(
         tuple(tuple(finest * 2**level * scale for scale in ANCHOR_SCALES) for level in range(5)), (ANCHOR_RATIOS,) * 5
@@ -222,6 +225,7 @@ def retinanet(shape: Sequence[int], boxes: Sequence[Tensor], num_classes: int) -
         image_std=[1.0] * 3,
         anchor_generator=anchors,
         score_thresh=0.001,  # average precision and FROC choose their thresholds themselves
+        nms_thresh=planned_nms_threshold(np.concatenate(overlaps)),
         detections_per_img=100,
     )
 
