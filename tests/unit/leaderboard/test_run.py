@@ -147,11 +147,13 @@ def test_a_leaderboard_that_is_ended_ends_its_commands(
     beats = tmp_path / "beats"
     plan = plan_of(shell("long", f"while true; do echo . >> {beats}; sleep 0.02; done"))
     process = multiprocessing.get_context("fork").Process(target=run_plan, args=(plan, Machine(), 1))
+    before = signal.signal(number, signal.SIG_DFL)  # nohup, under which tests may run, ignores SIGHUP
     process.start()
+    signal.signal(number, before)
     while not beats.is_file():
         time.sleep(0.01)
     os.kill(process.pid or 0, number)
-    process.join(10)
+    process.join(60)
     assert process.exitcode == 128 + number
     count = beats.stat().st_size
     time.sleep(0.3)
