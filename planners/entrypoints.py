@@ -38,7 +38,6 @@ from nnunet_kd.planners.tasks import (
     declared_tasks,
     prepare_side_files,
     stand_in_segmentations,
-    warn_of_folds,
     write_splits,
 )
 from nnunet_kd.settings import Adaptation, Domain
@@ -102,9 +101,6 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
             for c in chosen[member]:
                 print(f"  nnUNetv2_train {member[7:10]} {c} 0 -tr nnUNetTrainerKDControl -p {args.plans_name}")
         return
-    without_folds = [
-        name for name in members if not Member(name, members_plans, configurations[0]).splits_file.is_file()
-    ]
     joint, plans = plan_joint(
         name,
         members,
@@ -118,8 +114,6 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
     )
     for member in members:
         write_member_plans(member, members_plans, args.plans_name, name)
-    for member in without_folds:
-        warn_of_folds(member)
     _print_summary(joint, plans, args.plans_name)
     _warn_of_outdated_teachers(name, args.plans_name)
 

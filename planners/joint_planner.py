@@ -37,7 +37,7 @@ from nnunet_kd.planners.existing import (
 from nnunet_kd.planners.heads import plan_heads
 from nnunet_kd.planners.members import find_planner, member_cases, planning_threads
 from nnunet_kd.planners.student_planner import settings_of
-from nnunet_kd.planners.tasks import teacher_heads
+from nnunet_kd.planners.tasks import teacher_heads, warn_of_folds
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.channels import ChannelSpace, union
 
@@ -132,6 +132,7 @@ def plan_joint(
     for m, view in first.items():
         if not view.splits_file.is_file():
             write_json(view.splits_file, splits[m])
+            warn_of_folds(m)
     states = {m: {c: views[c][m].state(cases[c][m]) for c in configurations} for m in members}
     joint = replace(joint, members={m: replace(entry, state=states[m]) for m, entry in entries.items()})
     settings: dict[str, Any] = {}

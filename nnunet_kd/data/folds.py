@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 
 from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.data.side_files import CaseBoxes, side_file
-from nnunet_kd.data.splits import REPAIR_SPLITS, Split, member_splits, read_groups
+from nnunet_kd.data.splits import REPAIR_SPLITS, Split, member_splits, read_groups, some
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
-
-MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,3 @@ def keep_groups_together(member: Member, fold: int | str) -> None:
             f"and in validation: {some(shared)}. Move the file away and train again, which makes folds by group; or "
             f"remove 'split_by' from dataset.json."
         )
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names."""
-    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")

@@ -163,13 +163,13 @@ def _check_splits(member: str, splits: Any, identifiers: Sequence[str]) -> None:
         if missing:
             raise JointDatasetError(
                 f"splits_final.json of {member} names {len(missing)} cases in fold {fold} that are not preprocessed: "
-                f"{_some(missing)}. Preprocess {member} again, or correct its splits_final.json."
+                f"{some(missing)}. Preprocess {member} again, or correct its splits_final.json."
             )
         shared = sorted(set(split["train"]) & set(split["val"]))
         if shared:
             raise JointDatasetError(
                 f"splits_final.json of {member} has {len(shared)} cases in fold {fold} that are both trained and "
-                f"validated on: {_some(shared)}. A joint teacher must not see validation cases. {REPAIR_SPLITS}"
+                f"validated on: {some(shared)}. A joint teacher must not see validation cases. {REPAIR_SPLITS}"
             )
 
 
@@ -202,5 +202,6 @@ def _need_enough(available: int, num_folds: int, what: str) -> None:
         )
 
 
-def _some(cases: Sequence[str]) -> str:
-    return ", ".join(cases[:MAX_NAMED_CASES]) + (", ..." if len(cases) > MAX_NAMED_CASES else "")
+def some(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:MAX_NAMED_CASES]) + (", ..." if len(names) > MAX_NAMED_CASES else "")

@@ -24,10 +24,10 @@ from nnunetv2.utilities.utils import (
 from PIL import Image
 from tqdm import tqdm
 
-from nnunet_kd.data.folds import Presence, shared_groups, some
+from nnunet_kd.data.folds import Presence, shared_groups
 from nnunet_kd.data.member import read_json
 from nnunet_kd.data.side_files import Problem, SideFileError, read_boxes, read_labels, read_rows
-from nnunet_kd.data.splits import REPAIR_SPLITS, Split
+from nnunet_kd.data.splits import REPAIR_SPLITS, Split, some
 from nnunet_kd.data.tasks import ClassificationTarget, DetectionTarget, TaskError, Tasks
 from nnunet_kd.errors import JointDatasetError, NnUNetKDError
 from nnunet_kd.settings import BLOCK

@@ -92,8 +92,8 @@ class TaskTrainer(KDTrainer):
     def checkpoint_extra(self) -> dict[str, Any]:
         """Also what the outputs of the heads mean, and the last defined scores."""
         meaning = self._meaning()
-        own = {} if meaning is None else {"tasks": meaning, "latest_scores": self.latest_scores.values}
-        return {**super().checkpoint_extra(), **own}
+        own = {} if meaning is None else {"tasks": meaning}
+        return {**super().checkpoint_extra(), **own, "latest_scores": self.latest_scores.values}
 
     def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
         """Refuse to go on where the outputs of the heads meant something else.

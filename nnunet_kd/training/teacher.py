@@ -390,10 +390,9 @@ class nnUNetTrainerKDTeacher(TaskTrainer):
         ]
 
     def checkpoint_extra(self) -> dict[str, Any]:
-        """Also the cases that the teacher was trained on, the steps per member, and the last defined scores."""
+        """Also the cases that the teacher was trained on, and the steps per member."""
         cases = {name: list(training) for name, (training, _) in self.splits.items()}
-        own = {"training_cases": cases, "steps": dict(self.steps), "latest_scores": self.latest_scores.values}
-        return {**super().checkpoint_extra(), **own}
+        return {**super().checkpoint_extra(), "training_cases": cases, "steps": dict(self.steps)}
 
     def load_checkpoint_extra(self, extra: dict[str, Any]) -> None:
         """Also the steps per member.

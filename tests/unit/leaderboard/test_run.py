@@ -153,7 +153,7 @@ def test_a_leaderboard_that_is_ended_ends_its_commands(
     while not beats.is_file():
         time.sleep(0.01)
     os.kill(process.pid or 0, number)
-    process.join(60)
+    process.join(10)
     assert process.exitcode == 128 + number
     count = beats.stat().st_size
     time.sleep(0.3)
