@@ -137,7 +137,13 @@ def boxes_from_nndetection(
             problems.append(Problem(str(segmentation), "", "the file does not exist", f"It belongs to {file.name}."))
             continue
         size = image_size(cases[file.stem].image, reader)
-        instances = _of_dimension(sitk.GetArrayFromImage(sitk.ReadImage(str(segmentation))), len(size))
+        try:
+            read = sitk.GetArrayFromImage(sitk.ReadImage(str(segmentation)))
+        except RuntimeError as error:  # all that SimpleITK raises
+            what = f"it cannot be read: {str(error).splitlines()[-1]}"
+            problems.append(Problem(str(segmentation), "", what, "Save the instances again."))
+            continue
+        instances = _of_dimension(read, len(size))
         if instances.shape != size:
             what = f"its size (in array order) is {instances.shape}, that of {cases[file.stem].image} is {size}"
             problems.append(Problem(str(segmentation), "", what, "Give the instances of the same images."))
@@ -311,6 +317,7 @@ def _coco_cases(
     reader = image_reader(dataset_json, next(iter(cases.values())).image)
     case_of: dict[Any, str | None] = {}
     first_with: dict[Any, str] = {}
+    first_of: dict[str, str] = {}
     strangers = []
     for index, image in enumerate(images):
         if "id" not in image or not isinstance(image.get("file_name"), str):
@@ -327,6 +334,11 @@ def _coco_cases(
         if case is None:
             strangers.append(name)
             continue
+        if case in first_of:
+            what = f"{image['file_name']} and {first_of[case]} are both the case {case}"
+            problems.append(Problem(str(file), f"images[{index}]", what, "Leave one of them, or rename the files."))
+            continue
+        first_of[case] = image["file_name"]
         size = image_size(cases[case].image, reader)
         if len(size) != 2:
             raise SideFileError(f"COCO boxes are 2D, but the images of this dataset are {len(size)}D.")

@@ -207,6 +207,16 @@ def test_all_that_is_wrong_in_a_coco_file_is_named(tmp_path: Path, flat: Any) ->
     assert "30 x 20" in lines[0]
 
 
+def test_two_coco_images_of_one_case_are_named(tmp_path: Path, flat: Any) -> None:
+    """Else the boxes of two different images that have one name would be put together."""
+    images = [{"id": 7, "file_name": "site1/a.png"}, {"id": 8, "file_name": "site2/a.png"}]
+    annotations = [{"image_id": number, "category_id": 1, "bbox": [0, 0, 1, 1]} for number in (7, 8)]
+    with pytest.raises(SideFileError) as error:
+        boxes_from_coco(coco(tmp_path, images=images, annotations=annotations), *flat)
+    (line,) = str(error.value).splitlines()
+    assert "images[1]: site2/a.png and site1/a.png are both the case a" in line
+
+
 def test_ids_that_joined_coco_files_repeat_are_named(tmp_path: Path, flat: Any) -> None:
     """Else the boxes of the first image would silently go to the second."""
     images = [{"id": 7, "file_name": "a.png"}, {"id": 7, "file_name": "b.png"}]
@@ -303,6 +313,19 @@ def test_all_that_is_wrong_in_nndetection_files_is_named(tmp_path: Path, volumes
         boxes_from_nndetection(folder, *volumes, ["x"], show_progress=False)
     assert '{"instances": {"1": CLASS INDEX, ...}}' in str(error.value)
     assert "b.nii.gz: the file does not exist" in str(error.value)
+
+
+def test_an_instance_mask_that_cannot_be_read_is_named_beside_the_others(tmp_path: Path, volumes: Any) -> None:
+    """The message of the library that reads it names neither the case nor what to do."""
+    folder = tmp_path / "raw_splitted" / "labelsTr"
+    for case in ("a", "b"):
+        instances(tmp_path, case, np.zeros((6, 12, 14), dtype=np.uint8), {"1": 0})
+    (folder / "a.nii.gz").write_bytes(b"no image")
+    with pytest.raises(SideFileError) as error:
+        boxes_from_nndetection(folder, *volumes, ["x"], show_progress=False)
+    broken, other = str(error.value).splitlines()
+    assert f"{folder / 'a.nii.gz'}: it cannot be read" in broken
+    assert "instance 1 is in the json only" in other
 
 
 def test_an_instance_mask_without_its_json_is_named(tmp_path: Path, volumes: Any) -> None:
