@@ -6,6 +6,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec
 
 from nnunet_kd.errors import NnUNetKDError
@@ -30,6 +31,12 @@ def clear_errors(command: Callable[Parameters, None]) -> Callable[Parameters, No
             _stop(f"{unset[1]} is not set. Name nnU-Net's folder: export {unset[1]}=/path/to/{unset[1]}")
 
     return run
+
+
+def need_folder(flag: str, folder: Path) -> None:
+    """Raise NnUNetKDError if what ``flag`` names as a folder to write into is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise NnUNetKDError(f"{flag} {folder} is a file. Give a folder.")
 
 
 def _stop(message: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_kd.cli.errors import clear_errors
+from nnunet_kd.cli.errors import clear_errors, need_folder
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.files import write_json
 
@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     if not args.pred.is_dir():
         raise NnUNetKDError(f"The prediction folder {args.pred} does not exist. Give with -pred a folder.")
+    output = args.pred if args.o is None else args.o
+    need_folder("-o", output)
     if args.tolerance_mm < 0:
         raise NnUNetKDError(f"--tolerance_mm {args.tolerance_mm} must not be negative.")
     # imported late, so that --help and errors in the arguments take no seconds
@@ -41,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluation = evaluate_tasks(
         reference, args.pred, tasks=args.tasks, cases=cases, tolerance_mm=args.tolerance_mm, seed=args.seed
     )
-    output = args.pred if args.o is None else args.o
     output.mkdir(parents=True, exist_ok=True)
     settings = {
         "reference": str(reference.folders[0]),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_kd.cli.errors import clear_errors
+from nnunet_kd.cli.errors import clear_errors, need_folder
 from nnunet_kd.environment import TRAINERS_VARIABLE, add_trainers_folder
 from nnunet_kd.errors import NnUNetKDError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nnunet_kd.inference.trained_model import TrainedModel
 
 DOMAINS = ("source", "target")
+ARGUMENTS_FILE = "predict_from_raw_data_args.json"  # nnU-Net writes it beside dataset.json into predictions
 
 
 @clear_errors
@@ -29,14 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # imported late, so that --help and errors in the arguments take no seconds
     import torch
 
-    from nnunet_kd.inference.input_files import input_images, unreadable_images_named
+    from nnunet_kd.inference.input_files import input_images, need_all_channels, unreadable_images_named
     from nnunet_kd.inference.predict import build_predictor
     from nnunet_kd.inference.trained_model import open_model
+    from nnunet_kd.spaces.channels import channel_names
 
     if args.code is not None and args.translate is not None:
         raise NnUNetKDError("--code chooses a segmentation and --translate gives an image. Leave one of them out.")
     if not 0 <= args.part_id < args.num_parts:
         raise NnUNetKDError(f"-part_id {args.part_id} must be at least 0 and below -num_parts {args.num_parts}.")
+    _need_output_folder(Path(args.o))
     model = open_model(args.m, args.f, args.chk)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise NnUNetKDError("No CUDA device is available. Use -device cpu, or -device mps on Apple silicon.")
@@ -66,10 +69,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"-prev_stage_predictions."
         )
     file_ending = predictor.dataset_json["file_ending"]
+    reader = predictor.plans_manager.image_reader_writer_class
     images = input_images(args.i, file_ending)
+    need_all_channels(images, file_ending, channel_names(predictor.dataset_json), reader)
     os.makedirs(args.o, exist_ok=True)
-    with unreadable_images_named(images, file_ending, predictor.plans_manager.image_reader_writer_class()):
+    with unreadable_images_named(images, file_ending, reader()):
         _predict(args, model, predictor, images)
+
+
+def _need_output_folder(folder: Path) -> None:
+    """Refuse a folder whose dataset.json a prediction would replace: a dataset's or a model's."""
+    need_folder("-o", folder)
+    if (folder / "dataset.json").is_file() and not (folder / ARGUMENTS_FILE).is_file():
+        raise NnUNetKDError(
+            f"-o {folder} holds a dataset.json that no prediction has written (there is no {ARGUMENTS_FILE}), so it is "
+            f"the folder of a dataset or of a model, whose files would be overwritten. Choose another folder."
+        )
 
 
 def _predict(
@@ -78,6 +93,13 @@ def _predict(
     """Write the predictions, or translations, of ``images`` into the output folder, which exists."""
     from nnunet_kd.inference.predict import has_heads
 
+    predicts_tasks = has_heads(model, args.head, args.member)
+    if predicts_tasks:
+        from nnunet_kd.inference.task_predictor import TaskPredictor
+
+        assert isinstance(predictor, TaskPredictor)
+        # stock nnU-Net writes the model's dataset.json into the folder before it asks for the cases
+        predictor.task_files(Path(args.o)).finished()
     if args.code is not None or args.translate is not None:
         from nnunet_kd.inference.task_codes import choose_prediction, translate_files
 
@@ -93,7 +115,7 @@ def _predict(
         "overwrite": not args.continue_prediction,
         "folder_with_segs_from_prev_stage": args.prev_stage_predictions,
     }
-    if args.npp == 0 and args.nps == 0 and not has_heads(model, args.head, args.member):
+    if args.npp == 0 and args.nps == 0 and not predicts_tasks:
         predictor.predict_from_files_sequential(images, args.o, **shared)
         return
     predictor.predict_from_files(

@@ -81,7 +81,8 @@ def boxes_from_coco(
         elif box is None:
             wrong = f"bbox {annotation.get('bbox')!r} is not [x, y, width, height] in numbers, with a size above 0"
         if wrong is not None:
-            problems.append(Problem(str(file), f"annotations[{index}]", wrong, "Correct it, or remove the annotation."))
+            remedy = "Correct it (or the ids of the lists), or remove the annotation."
+            problems.append(Problem(str(file), f"annotations[{index}]", wrong, remedy))
             continue
         case = case_of[annotation["image_id"]]
         if annotation.get("iscrowd"):
@@ -143,6 +144,8 @@ def boxes_from_nndetection(
             what = f"it cannot be read: {str(error).splitlines()[-1]}"
             problems.append(Problem(str(segmentation), "", what, "Save the instances again."))
             continue
+        if classes_of is None:
+            continue
         instances = _of_dimension(read, len(size))
         if instances.shape != size:
             what = f"its size (in array order) is {instances.shape}, that of {cases[file.stem].image} is {size}"
@@ -154,7 +157,8 @@ def boxes_from_nndetection(
             problems.append(Problem(str(file), f"instance {number}", what, "Correct the json or the image."))
         kept = [number for number in sorted(boxes.keys() & classes_of.keys()) if voxels[number] >= min_voxels]
         small += len(boxes) - len(kept)
-        found[file.stem] = [(names[classes_of[number]], boxes[number]) for number in kept]
+        if not problems:
+            found[file.stem] = [(names[classes_of[number]], boxes[number]) for number in kept]
     if problems:
         raise SideFileError.listing(problems)
     if not found:
@@ -392,17 +396,17 @@ def _nndetection_classes(folder: Path) -> tuple[str, ...]:
     )
 
 
-def _instance_classes(file: Path, num_classes: int, problems: list[Problem]) -> dict[int, int]:
-    """Instance number to class index."""
+def _instance_classes(file: Path, num_classes: int, problems: list[Problem]) -> dict[int, int] | None:
+    """Instance number to class index, also those that are wrong; None if the file cannot be read."""
     try:
         instances = json.loads(file.read_text(encoding="utf-8"))["instances"]
         classes = {int(number): int(index) for number, index in instances.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         what = f'it does not hold {{"instances": {{"1": CLASS INDEX, ...}}}} ({error!r})'
         problems.append(Problem(str(file), "", what, "Correct the file."))
-        return {}
+        return None
     for number, index in classes.items():
         if not 0 <= index < num_classes:
             what = f"class index {index}, but there are {num_classes} classes"
             problems.append(Problem(str(file), f"instance {number}", what, "Correct it, or name all with --classes."))
-    return {number: index for number, index in classes.items() if 0 <= index < num_classes}
+    return classes

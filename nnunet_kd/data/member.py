@@ -53,8 +53,10 @@ def read_json(path: Path, what_to_do: str) -> Any:
     if not path.is_file():
         raise JointDatasetError(f"{path} does not exist. {what_to_do}")
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise JointDatasetError(f"{path} is not UTF-8 ({error}). Save it with the encoding UTF-8.") from error
+    except json.JSONDecodeError as error:
         raise JointDatasetError(f"{path} is not valid JSON ({error}). {what_to_do}") from error
 
 

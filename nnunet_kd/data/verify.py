@@ -135,7 +135,7 @@ def verify_dataset(
     groups = None
     if tasks.split_by is not None:
         groups = _groups(_path(name, folder, tasks.groups_file), tasks.split_by, cases, problems)
-    _verify_splits(name, tasks.split_by, groups or {}, presences, problems)
+    _verify_splits(name, cases, tasks.split_by, groups or {}, presences, problems)
     if check_copies:
         _verify_copies(name, folder, tasks, problems)
     num_groups = None if groups is None else len(set(groups.values()))
@@ -334,6 +334,7 @@ def _groups(path: Path, column: str, cases: Sequence[str], problems: list[Proble
 # --- splits and copies ------------------------------------------------------------------------------------------------
 def _verify_splits(
     name: str,
+    cases: Collection[str],
     split_by: str | None,
     groups: Mapping[str, str],
     presences: Sequence[Presence],
@@ -348,6 +349,14 @@ def _verify_splits(
         problems.append(_as_problem(path, error))
         return
     for fold, split in enumerate(splits):
+        train, val = set(split["train"]), set(split["val"])
+        for wrong, named in (
+            ("are both in training and validation", train & val),
+            ("have no training image", (train | val).difference(cases)),
+        ):
+            if named:
+                what = f"{len(named)} case(s) {wrong}: {some(sorted(named))}"
+                problems.append(Problem(str(path), f"fold {fold}", what, REPAIR_SPLITS))
         shared = shared_groups(groups, split)
         if shared:
             what = f"{len(shared)} value(s) of '{split_by}' are both in training and validation: {some(shared)}"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from tqdm import tqdm
 
+from nnunet_kd.data.image_headers import num_axes_of
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.evaluation.metrics import Label, Segmentation, evaluate_case
 
@@ -51,7 +54,7 @@ def evaluate_folder(
 
     Returns:
         One row per case and class with columns ``case``, ``class``, ``dice``, ``hd95_mm``, ``nsd``,
-        ``volume_error_ml`` (see ``metrics.py``).
+        ``volume_error_ml`` (see ``metrics.py``; NaN for 2D images, which have no volume).
 
     Raises:
         NnUNetKDError: A folder has no references, a prediction is missing, or a pair differs in shape.
@@ -66,18 +69,22 @@ def evaluate_folder(
     pairs = read_pairs(reference_folder, prediction_folder, dataset_json, cases)
     progress = tqdm(pairs, f"evaluating {prediction_folder.name}", len(cases), disable=not show_progress)
     rows = []
-    for case, reference, prediction, spacing_mm in progress:
+    for case, reference, prediction, spacing_mm, is_2d in progress:
         scores = evaluate_case(
             reference, prediction, list(classes.values()), spacing_mm, tolerance_mm, ignore_label=ignore_label
         )
+        if is_2d:
+            scores = [replace(score, volume_error_ml=float("nan")) for score in scores]
         rows += [{"case": case, "class": name, **vars(score)} for name, score in zip(classes, scores, strict=True)]
     return pd.DataFrame(rows)
 
 
 def read_pairs(
     reference_folder: Path, prediction_folder: Path, dataset_json: Mapping[str, Any], cases: Sequence[str]
-) -> Iterator[tuple[str, Segmentation, Segmentation, Sequence[float]]]:
-    """Case, reference [Z, Y, X], prediction [Z, Y, X] and spacing in mm of every case.
+) -> Iterator[tuple[str, Segmentation, Segmentation, Sequence[float], bool]]:
+    """Case, reference [Z, Y, X], prediction [Z, Y, X], spacing in mm of every case, and whether its image is 2D.
+
+    Of a 2D image Z is 1, and the spacing across it is made up by nnU-Net's readers.
 
     Args:
         reference_folder: Label files, ``<case><file ending>``.
@@ -86,7 +93,7 @@ def read_pairs(
         cases: Which.
 
     Raises:
-        NnUNetKDError: A reference or a prediction is missing, or a pair differs in shape.
+        NnUNetKDError: A reference or a prediction is missing or cannot be read, or a pair differs in shape.
     """
     file_ending = dataset_json["file_ending"]
     missing = [case for case in cases if not (reference_folder / f"{case}{file_ending}").is_file()]
@@ -104,21 +111,27 @@ def read_pairs(
     first = reference_folder / f"{cases[0]}{file_ending}"
     reader = determine_reader_writer_from_dataset_json(dict(dataset_json), str(first), verbose=False)()
     for case in cases:
-        reference, spacing_mm = _read(reader, reference_folder / f"{case}{file_ending}")
+        reference, properties = _read(reader, reference_folder / f"{case}{file_ending}")
         prediction, _ = _read(reader, prediction_folder / f"{case}{file_ending}")
+        spacing_mm = [float(step) for step in properties["spacing"]]
+        is_2d = isinstance(reader, NaturalImage2DIO) or num_axes_of(properties) == 2
         if reference.shape != prediction.shape:
             msg = (
                 f"{case}: the prediction in {prediction_folder} has shape {prediction.shape}, the reference "
                 f"{reference.shape}. Predict from the images that belong to {reference_folder}."
             )
             raise NnUNetKDError(msg)
-        yield case, reference, prediction, spacing_mm
+        yield case, reference, prediction, spacing_mm, is_2d
 
 
-def _read(reader: BaseReaderWriter, file: Path) -> tuple[Segmentation, Sequence[float]]:
-    """A label map [Z, Y, X] and its spacing in mm in the same order."""
-    segmentation, properties = reader.read_seg(str(file))
-    return np.asarray(segmentation[0]), [float(step) for step in properties["spacing"]]
+def _read(reader: BaseReaderWriter, file: Path) -> tuple[Segmentation, dict[str, Any]]:
+    """A label map [Z, Y, X] and nnU-Net's properties of it."""
+    try:
+        segmentation, properties = reader.read_seg(str(file))
+    except Exception as error:  # whatever a broken file makes its library raise
+        msg = f"{file} cannot be read ({' '.join(str(error).split())}). Replace it, or evaluate without this case."
+        raise NnUNetKDError(msg) from error
+    return np.asarray(segmentation[0]), properties
 
 
 def _read_dataset_json(folder: Path) -> dict[str, Any]:

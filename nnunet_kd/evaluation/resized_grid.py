@@ -55,7 +55,7 @@ def evaluate_on_grid(
     if len(labels) < len(classes):
         raise NnUNetKDError("The metrics on the resized grid are for plain labels, not for regions.")
     rows = []
-    for case, reference, prediction, _ in read_pairs(reference_folder, prediction_folder, dataset_json, cases):
+    for case, reference, prediction, *_ in read_pairs(reference_folder, prediction_folder, dataset_json, cases):
         scores = dice_and_distance(resize_labels(reference, grid), resize_labels(prediction, grid), labels)
         for name, dice, distance in zip(classes, *scores, strict=True):
             row = {"dice_percent": dice, "average_surface_distance_voxels": distance}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
+from nnunet_kd.data.image_headers import read_header
 from nnunet_kd.errors import NnUNetKDError
 
 READERS = "nnunetv2.imageio."
@@ -26,8 +27,7 @@ def input_images(given: Sequence[str], file_ending: str) -> str | list[list[str]
 
     Raises:
         NnUNetKDError: The folder holds no image. Or, of files, something does not exist, is named otherwise, or a case
-            lacks a channel that it or another case must have; lists all of it. Whether the files hold all channels (a
-            colour image is one file) is checked when they are read.
+            lacks a channel that it or another case must have; lists all of it.
     """
     if len(given) == 1 and Path(given[0]).is_dir():
         if not _in_folder(Path(given[0]), file_ending):
@@ -61,6 +61,40 @@ def input_images(given: Sequence[str], file_ending: str) -> str | list[list[str]
     return [[files[channel] for channel in sorted(files)] for files in cases.values()]
 
 
+def need_all_channels(
+    images: str | list[list[str]], file_ending: str, channels: Sequence[str], reader: type[BaseReaderWriter]
+) -> None:
+    """Refuse images that do not have the channels that a model was trained with.
+
+    One file may hold several channels (a colour image), so a case with another number of files is looked into.
+
+    Args:
+        images: As returned by :func:`input_images`.
+        file_ending: Of the training images.
+        channels: Names of the model's input channels.
+        reader: The model's.
+
+    Raises:
+        NnUNetKDError: Lists the cases that lack channels or have more. What cannot be read is not among them.
+    """
+    cases = _in_folder(Path(images), file_ending).values() if isinstance(images, str) else images
+    wrong = []
+    for files in cases:
+        if len(files) == len(channels):
+            continue
+        try:
+            found = sum(read_header(Path(file), reader).num_channels for file in files)
+        except Exception:  # whatever a broken image makes its library raise; unreadable_images_named will say it
+            continue
+        if found != len(channels):
+            wrong.append(f"{_case_of(files, file_ending)} has {found}: {', '.join(Path(file).name for file in files)}")
+    if wrong:
+        raise NnUNetKDError(
+            f"The model was trained with {len(channels)} channel(s), in this order: {', '.join(channels)}. Give each "
+            f"case these as CASE_0000{file_ending} and on, or remove it. Of the input (-i),\n  " + "\n  ".join(wrong)
+        )
+
+
 @contextmanager
 def unreadable_images_named(
     images: str | list[list[str]], file_ending: str, reader: BaseReaderWriter
@@ -86,10 +120,14 @@ def unreadable_images_named(
             raise
         files, reason = unread
         raise NnUNetKDError(
-            f"Case {Path(files[0]).name.removesuffix(file_ending)[:-5]} cannot be read from {', '.join(files)}: "
+            f"Case {_case_of(files, file_ending)} cannot be read from {', '.join(files)}: "
             f"{reason}. Replace or remove it and predict again with --continue_prediction, which keeps the cases that "
             f"are predicted already."
         ) from error
+
+
+def _case_of(files: Sequence[str], file_ending: str) -> str:
+    return Path(files[0]).name.removesuffix(file_ending)[: -len("_0000")]
 
 
 def _in_folder(folder: Path, file_ending: str) -> dict[str, list[str]]:

@@ -67,13 +67,7 @@ class TaskPredictor(CasePredictor):
         )
         if is_stock or not lists[0]:
             return lists
-        plan = None if self.detection is None else self.detection.plan
-        self._files = TaskFiles(
-            Path(lists[1][0]).parent,
-            self.targets,
-            None if plan is None else plan.classes,
-            0 if plan is None else plan.dimension,
-        )
+        self._files = self.task_files(Path(lists[1][0]).parent)
         finished = self._files.finished()
         if overwrite:
             return lists
@@ -87,6 +81,12 @@ class TaskPredictor(CasePredictor):
         print(f"{len(lists[0]) - len(todo)} cases are predicted already; {len(todo)} are left.")
         images, outputs, previous = ([row[column] for row in todo] for column in range(3))
         return images, outputs, previous
+
+    def task_files(self, folder: Path) -> TaskFiles:
+        """The files of the classes and boxes that are predicted, in an output folder."""
+        plan = None if self.detection is None else self.detection.plan
+        classes, dimension = (None, 0) if plan is None else (plan.classes, plan.dimension)
+        return TaskFiles(folder, self.targets, classes, dimension)
 
     def _internal_get_data_iterator_from_lists_of_filenames(
         self,

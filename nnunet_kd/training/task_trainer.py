@@ -221,6 +221,7 @@ class TaskTrainer(KDTrainer):
         if np.isnan(score):
             self._best_ema = None
         self.logger.log("mean_fg_dice", float(np.nan_to_num(score)), self.current_epoch)
+        self.print_to_log_file(f"Joint score {score:.4f}; checkpoint_best follows its EMA, which is called pseudo Dice")
 
     def gathered(self, own: Any) -> list[Any]:
         """What every process has, in the order of their ranks."""

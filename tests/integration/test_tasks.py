@@ -104,6 +104,7 @@ def test_validation_writes_all_tasks_and_their_metrics(trained: Any) -> None:
     assert {"nsd", "hd95_mm", "volume_error_ml"} <= set(mean)
     (log,) = fold.glob("training_log_*.txt")
     assert "Pseudo scores: Dice" in log.read_text()
+    assert "Joint score 0." in log.read_text()
     checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     assert len(checkpoint["logging"]["AP"]) == len(checkpoint["logging"]["AUROC size"]) == 2
 

@@ -199,6 +199,14 @@ def test_a_group_on_both_sides_of_a_fold_is_reported(toy: Toy) -> None:
     assert what == "2 value(s) of 'patient' are both in training and validation: p0, p1"
 
 
+def test_cases_on_both_sides_of_a_fold_and_unknown_ones_are_reported(toy: Toy) -> None:
+    found = fold_problems(toy, [*CASES, "nobody"], [CASES[-1], "nothing"])
+    assert found[:2] == [
+        f"1 case(s) are both in training and validation: {CASES[-1]}",
+        "2 case(s) have no training image: nobody, nothing",
+    ]
+
+
 def test_a_training_fold_that_lacks_a_class_is_reported(toy: Toy) -> None:
     found = fold_problems(toy, [CASES[1], CASES[0]], [CASES[2], CASES[3]])
     assert found == []

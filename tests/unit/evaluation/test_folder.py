@@ -94,3 +94,24 @@ def test_2d_images(tmp_path: Path) -> None:
     description = {"labels": {"background": 0, "lesion": 1}, "file_ending": ".png", "channel_names": {"0": "image"}}
     rows = evaluate_folder(tmp_path / "labels", tmp_path / "predicted", description, show_progress=False)
     assert rows["hd95_mm"].tolist() == pytest.approx([3.0])
+    assert rows["volume_error_ml"].isna().all()  # the readers make up the third spacing
+
+
+@pytest.mark.parametrize("is_2d", [True, False])
+def test_a_2d_image_has_no_volume_and_a_single_slice_has(tmp_path: Path, is_2d: bool) -> None:
+    for folder, size in (("labels", 2), ("predicted", 3)):
+        array = np.zeros((8, 9) if is_2d else (1, 8, 9), int)
+        array[..., :size, 0] = 1
+        write_volume(tmp_path / folder / "x.nii.gz", array, (0.5, 0.5) if is_2d else (4.0, 0.5, 0.5))
+    description = {"labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz", "channel_names": {"0": "T1"}}
+    rows = evaluate_folder(tmp_path / "labels", tmp_path / "predicted", description, show_progress=False)
+    assert rows["volume_error_ml"].tolist() == pytest.approx([np.nan if is_2d else 0.001], nan_ok=True)
+
+
+@pytest.mark.parametrize("folder", ["labels", "predicted"])
+def test_a_segmentation_that_cannot_be_read_is_named(folders: tuple[Path, Path], folder: str) -> None:
+    broken = folders[0].parent / folder / "b.nii.gz"
+    broken.write_bytes(b"no image")
+    with pytest.raises(NnUNetKDError, match=r"Replace it") as error:
+        evaluate_folder(*folders, show_progress=False)
+    assert str(error.value).startswith(f"{broken} cannot be read")

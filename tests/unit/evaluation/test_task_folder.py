@@ -203,6 +203,10 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 def test_all_tasks(dataset: Path, predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["-ref", str(dataset), "-pred", str(predicted), "-o", str(tmp_path / "file")])
+    assert (tmp_path / "file").read_text() == "mine"
     main(["-ref", str(dataset), "-pred", str(predicted), "-o", str(tmp_path / "out")])
     content = evaluated(tmp_path / "out")
     assert content["segmentation"]["classes"]["lesion"]["dice"]["value"] == pytest.approx(7 / 8)
@@ -226,8 +230,9 @@ def test_all_tasks(dataset: Path, predicted: Path, tmp_path: Path, capsys: pytes
     assert boxes["cyst", "detections"] == 7
     means = pd.read_csv(tmp_path / "out" / "segmentation_metrics.csv", keep_default_na=False)
     row = means[(means["class"] == "") & (means["metric"] == "dice")].iloc[0]
-    assert row["value"] == pytest.approx(7 / 8)
-    assert row["low"] < row["value"] <= row["high"]
+    assert float(row["value"]) == pytest.approx(7 / 8)
+    assert float(row["low"]) < float(row["value"]) <= float(row["high"])
+    assert set(means[means["metric"] == "volume_error_ml"]["value"]) == {""}  # the images are 2D
     assert pd.read_csv(tmp_path / "out" / "segmentation_cases.csv")["dice"].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
     figures = sorted(file.name for file in (tmp_path / "out" / "figures").iterdir())
     kinds = ("confusion", "precision_recall", "reliability", "roc")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from PIL import Image
 
 from nnunet_kd.errors import NnUNetKDError
-from nnunet_kd.inference.input_files import input_images
+from nnunet_kd.inference.input_files import input_images, need_all_channels
 
 
 @pytest.fixture
@@ -42,6 +45,21 @@ def test_files_are_grouped_by_case_in_the_order_of_their_channels(images: Path) 
 def test_a_colour_image_is_one_file(images: Path) -> None:
     (images / "c_0000.nii.gz").touch()
     assert input_images([str(images / "c_0000.nii.gz")], ".nii.gz") == [[str(images / "c_0000.nii.gz")]]
+
+
+def test_cases_without_the_channels_of_the_model_are_all_named(tmp_path: Path) -> None:
+    grey, colour = np.zeros((4, 5), np.uint8), np.zeros((4, 5, 3), np.uint8)
+    for name, pixels in {"a_0000": grey, "b_0000": colour, "c_0000": grey, "c_0001": grey, "d_0000": grey}.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    (tmp_path / "e_0000.png").write_text("what cannot be read is named later")
+    for name in ("f_0000", "f_0001", "f_0002"):  # as many files as channels: not looked into
+        (tmp_path / f"{name}.png").touch()
+    with pytest.raises(NnUNetKDError) as error:
+        need_all_channels(str(tmp_path), ".png", ["red", "green", "blue"], NaturalImage2DIO)
+    first, *lines = str(error.value).splitlines()
+    assert "3 channel(s), in this order: red, green, blue" in first
+    assert lines == ["  a has 1: a_0000.png", "  c has 2: c_0000.png, c_0001.png", "  d has 1: d_0000.png"]
+    need_all_channels([[str(tmp_path / "b_0000.png")]], ".png", ["red", "green", "blue"], NaturalImage2DIO)
 
 
 def test_everything_that_is_wrong_is_named_at_once(images: Path) -> None:

@@ -478,7 +478,7 @@ def test_files_of_another_model_are_not_mixed(folders: SimpleNamespace, capsys: 
     assert "grade/low" in message
     assert "Choose another folder with -o, or move classification.csv away." in message
     assert "dataset.json" not in message
-    assert not (folders.output / "a.png").exists()
+    assert [file.name for file in folders.output.iterdir()] == ["classification.csv"]
     (folders.output / "classification.csv").unlink()
     (folders.output / "boxes.json").write_text('{"a": [{"label": "mass", "box": [0, 0, 1, 1], "score": 1}]}')
     message = failed(folders, capsys)
@@ -493,6 +493,36 @@ def failed(folders: SimpleNamespace, capsys: pytest.CaptureFixture[str], *argume
         predict(folders, *arguments)
     assert ended.value.code == 2
     return capsys.readouterr().err
+
+
+def test_the_folder_of_a_dataset_or_a_file_is_no_output_folder(
+    folders: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """nnU-Net's prediction would write the model's dataset.json over that of the dataset."""
+    folders.output.mkdir()
+    (folders.output / "dataset.json").write_text('{"name": "mine"}')
+    message = failed(folders, capsys)
+    assert f"-o {folders.output} holds a dataset.json that no prediction has written" in message
+    assert [file.read_text() for file in folders.output.iterdir()] == ['{"name": "mine"}']
+    (folders.output / "dataset.json").unlink()
+    predict(folders, "--tasks", "classification")
+    predict(folders, "--tasks", "classification")  # into a folder of predictions one may predict again
+    folders.output = folders.output / "classification.csv"
+    before = folders.output.read_text()
+    assert f"-o {folders.output} is a file" in failed(folders, capsys)
+    assert folders.output.read_text() == before
+
+
+@pytest.mark.parametrize("as_files", [False, True])
+def test_a_case_with_other_channels_is_named_before_anything_is_predicted(
+    folders: SimpleNamespace, as_files: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folders.images / "b_0001.png").write_bytes((folders.images / "b_0000.png").read_bytes())
+    given = [str(file) for file in sorted(folders.images.iterdir()) if file.name[0] == "b"]
+    message = failed(folders, capsys, *(("-i", *given) if as_files else ()))  # the later of two -i counts
+    assert "The model was trained with 1 channel(s), in this order: T1." in message
+    assert message.splitlines()[1:] == ["  b has 2: b_0000.png, b_0001.png"]
+    assert not folders.output.exists()
 
 
 def test_an_unreadable_image_is_named_and_the_cases_before_it_are_kept(
