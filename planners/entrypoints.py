@@ -245,8 +245,8 @@ def _configurations(members: Sequence[str], plans_name: str, requested: Sequence
                 if configuration not in own:
                     raise JointDatasetError(
                         f"{member} has no configuration {configuration} in {plans_name} (it has "
-                        f"{', '.join(sorted(own))}), so it cannot be joined in {configuration}. 2D datasets join 3D "
-                        f"ones only in 2d. Choose another -c, or leave {member} out."
+                        f"{', '.join(sorted(own))}), so {configuration} cannot be planned. 2D datasets join 3D ones "
+                        f"only in 2d. Choose another -c, or leave {member} out."
                     )
         return list(requested)
     common = [c for c in STOCK_CONFIGURATIONS if all(c in own for own in available.values())]

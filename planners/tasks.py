@@ -42,7 +42,8 @@ def declared_tasks(name: str) -> Tasks:
     """
     raw = Path(str(nnUNet_raw)) / name if nnUNet_raw.is_set() else None
     folder = raw if raw is not None and (raw / "dataset.json").is_file() else Path(str(nnUNet_preprocessed)) / name
-    return Tasks.from_dataset_json(read_json(folder / "dataset.json", "Put the dataset there, or check its id."))
+    remedy = "Put a correct dataset.json there, or check the dataset's id."
+    return Tasks.from_dataset_json(read_json(folder / "dataset.json", remedy))
 
 
 def prepare_side_files(name: str, tasks: Tasks) -> None:

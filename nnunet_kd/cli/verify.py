@@ -40,14 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _lines(report: Report) -> Iterator[str]:
     dimension = f"{report.dimension}D, " if report.dimension else ""
-    yield f"{report.dataset} in {report.folder.parent}: {dimension}{report.num_cases} cases"
+    counted = f"{dimension}{report.num_cases} cases" if report.tasks is not None else "nothing but dataset.json read"
+    yield f"{report.dataset} in {report.folder.parent}: {counted}"
     if report.tasks is not None:
         yield f"  tasks: {'; '.join(_task_names(report.tasks))}"
         for contents in report.contents:
             yield f"  {_summary(contents)}"
         if report.num_groups is not None:
-            yield f"  split by {report.tasks.split_by}: {report.num_groups} groups"
-    yield f"  {len(report.problems)} problems:" if report.problems else "  no problems"
+            others = f", {report.num_ungrouped} cases without one" if report.num_ungrouped else ""
+            yield f"  split by {report.tasks.split_by}: {report.num_groups} groups{others}"
+    number = len(report.problems)
+    yield f"  {number} problem{'s' if number > 1 else ''}:" if number else "  no problems"
     for problem in report.problems:
         yield f"    {problem}"
 

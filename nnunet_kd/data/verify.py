@@ -74,6 +74,7 @@ class Report:
         num_cases: Training cases.
         contents: One entry per target, classification first.
         num_groups: Different values of ``split_by``; None without it.
+        num_ungrouped: Cases without a value of ``split_by``, each a group of its own.
         problems: All problems, each once.
     """
 
@@ -84,6 +85,7 @@ class Report:
     num_cases: int
     contents: tuple[Contents, ...]
     num_groups: int | None
+    num_ungrouped: int
     problems: tuple[Problem, ...]
 
 
@@ -113,7 +115,7 @@ def verify_dataset(
         tasks = Tasks.from_dataset_json(dataset_json)
     except (JointDatasetError, TaskError) as error:
         problem = _as_problem(folder / "dataset.json", error)
-        return Report(name, folder, None, dimension, 0, (), None, (problem,))
+        return Report(name, folder, None, dimension, 0, (), None, 0, (problem,))
 
     raw = raw_cases(folder, dataset_json)
     cases = list(raw) or _preprocessed_cases(name, dataset_json)
@@ -139,8 +141,9 @@ def verify_dataset(
     if check_copies:
         _verify_copies(name, folder, tasks, problems)
     num_groups = None if groups is None else len(set(groups.values()))
+    num_ungrouped = 0 if groups is None else len(set(cases) - groups.keys())
     unique = tuple(dict.fromkeys(problems))  # two targets in one file meet the same ones
-    return Report(name, folder, tasks, dimension, len(cases), tuple(contents), num_groups, unique)
+    return Report(name, folder, tasks, dimension, len(cases), tuple(contents), num_groups, num_ungrouped, unique)
 
 
 # --- files of a dataset -----------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_a_good_dataset_is_counted_and_has_no_problems(toy: Toy) -> None:
     toy.plan(SPLITS)
     report = verify_dataset(NAME, show_progress=False)
     assert report.problems == ()
-    assert (report.dimension, report.num_cases, report.num_groups) == (2, 6, 3)
+    assert (report.dimension, report.num_cases, report.num_groups, report.num_ungrouped) == (2, 6, 3, 1)
     grade, findings, boxes = report.contents
     assert (grade.num_cases, grade.counts, grade.num_without) == (5, {"low": 2, "high": 3}, 1)
     assert (findings.num_cases, findings.counts, findings.num_without) == (6, {"effusion": 2, "edema": 2}, 0)
@@ -146,6 +146,11 @@ def test_every_problem_is_found_in_one_run(toy: Toy) -> None:
         (lambda toy: (toy.raw / "boxes.json").write_text("{}"), "boxes.json", ["no training case has any"]),
         (lambda toy: (toy.raw / "boxes.json").write_bytes(b'{"\xff": []}'), "boxes.json", ["UTF-8"]),
         (lambda toy: (toy.raw / "dataset.json").write_text("{"), "dataset.json", ["is not valid JSON"]),
+        (
+            lambda toy: (toy.raw / "dataset.json").write_bytes(b'{"\xff": 1}'),
+            "dataset.json",
+            ["Save it with the encoding"],
+        ),
         (lambda toy: toy.write({"tasks": {"detection": {}}}, [], {}), "dataset.json", ["detection.classes"]),
         (lambda toy: shutil.rmtree(toy.raw / "imagesTr"), NAME, ["no training images"]),
         (lambda toy: next((toy.raw / "imagesTr").iterdir()).write_text("?"), None, ["cannot"]),
@@ -283,6 +288,7 @@ def test_the_command_prints_all_and_its_status_tells(toy: Toy, capsys: pytest.Ca
     assert f"{NAME} in {toy.raw.parent}: 2D, 6 cases" in output
     assert "5 labelled (low 2, high 3), 1 images without a label" in output
     assert "4 entries, 6 boxes (nodule 3, cyst 3), 1 entries without boxes, 2 images without an entry" in output
+    assert "split by patient: 3 groups, 1 cases without one" in output
     assert "no problems" in output
 
     (toy.raw / "boxes.json").unlink()
