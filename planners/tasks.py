@@ -22,7 +22,7 @@ from nnunet_kd.data.folds import planned_splits
 from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.data.side_files import SideFileError, read_boxes, side_file
 from nnunet_kd.data.tasks import Tasks
-from nnunet_kd.data.verify import REPAIR_FOLDS, verify_dataset
+from nnunet_kd.data.verify import FOLD_REMEDIES, verify_dataset
 from nnunet_kd.environment import environment
 from nnunet_kd.files import replacing, write_json
 from nnunet_kd.networks.multitask import Heads, multitask_architecture, planned_heads
@@ -57,7 +57,7 @@ def prepare_side_files(name: str, tasks: Tasks) -> None:
     if tasks.is_segmentation_only and tasks.split_by is None:
         return
     problems = verify_dataset(name, show_progress=False, check_copies=False).problems
-    fatal = [problem for problem in problems if problem.remedy != REPAIR_FOLDS]
+    fatal = [problem for problem in problems if problem.remedy not in FOLD_REMEDIES]
     if fatal:
         raise SideFileError.listing(fatal)
     for problem in problems:
@@ -278,5 +278,5 @@ def write_splits(member: Member) -> None:
 def warn_of_folds(name: str) -> None:
     """Print what the training cases of a fold, which has just been made, cannot teach."""
     for problem in verify_dataset(name, show_progress=False, check_copies=False).problems:
-        if problem.remedy == REPAIR_FOLDS:
+        if problem.remedy in FOLD_REMEDIES:
             print(f"WARNING: {problem}")

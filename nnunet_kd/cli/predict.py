@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nnunet_kd.inference.trained_model import TrainedModel
 
 DOMAINS = ("source", "target")
+DATASET_FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs", "gt_segmentations")
 ARGUMENTS_FILE = "predict_from_raw_data_args.json"  # nnU-Net writes it beside dataset.json into predictions
 
 
@@ -33,13 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nnunet_kd.inference.input_files import input_images, need_all_channels, unreadable_images_named
     from nnunet_kd.inference.predict import build_predictor
     from nnunet_kd.inference.trained_model import open_model
-    from nnunet_kd.spaces.channels import channel_names
 
     if args.code is not None and args.translate is not None:
         raise NnUNetKDError("--code chooses a segmentation and --translate gives an image. Leave one of them out.")
     if not 0 <= args.part_id < args.num_parts:
         raise NnUNetKDError(f"-part_id {args.part_id} must be at least 0 and below -num_parts {args.num_parts}.")
-    _need_output_folder(Path(args.o))
+    _need_output_folder(Path(args.o), writes_dataset_json=args.translate is None)
     model = open_model(args.m, args.f, args.chk)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise NnUNetKDError("No CUDA device is available. Use -device cpu, or -device mps on Apple silicon.")
@@ -71,19 +71,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file_ending = predictor.dataset_json["file_ending"]
     reader = predictor.plans_manager.image_reader_writer_class
     images = input_images(args.i, file_ending)
-    need_all_channels(images, file_ending, channel_names(predictor.dataset_json), reader)
+    description = predictor.dataset_json
+    channels = description["channel_names"] if "channel_names" in description else description["modality"]
+    need_all_channels(images, file_ending, [str(name) for name in channels.values()], reader)
     os.makedirs(args.o, exist_ok=True)
     with unreadable_images_named(images, file_ending, reader()):
         _predict(args, model, predictor, images)
 
 
-def _need_output_folder(folder: Path) -> None:
-    """Refuse a folder whose dataset.json a prediction would replace: a dataset's or a model's."""
+def _need_output_folder(folder: Path, *, writes_dataset_json: bool) -> None:
+    """Refuse a folder in which predictions would replace a dataset's segmentations or images, or a dataset.json."""
     need_folder("-o", folder)
-    if (folder / "dataset.json").is_file() and not (folder / ARGUMENTS_FILE).is_file():
+    if folder.resolve().name in DATASET_FOLDERS and (folder.resolve().parent / "dataset.json").is_file():
+        raise NnUNetKDError(f"-o {folder} belongs to a dataset, whose files would be replaced. Choose another folder.")
+    has_own = (folder / "dataset.json").is_file() and not (folder / ARGUMENTS_FILE).is_file()
+    if writes_dataset_json and has_own:
         raise NnUNetKDError(
             f"-o {folder} holds a dataset.json that no prediction has written (there is no {ARGUMENTS_FILE}), so it is "
-            f"the folder of a dataset or of a model, whose files would be overwritten. Choose another folder."
+            f"probably the folder of a dataset, a model or an ensemble, and the file would be replaced. Choose another "
+            f"folder."
         )
 
 

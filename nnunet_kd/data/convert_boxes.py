@@ -81,7 +81,7 @@ def boxes_from_coco(
         elif box is None:
             wrong = f"bbox {annotation.get('bbox')!r} is not [x, y, width, height] in numbers, with a size above 0"
         if wrong is not None:
-            remedy = "Correct it (or the ids of the lists), or remove the annotation."
+            remedy = "Correct it, or the ids that it names, or remove the annotation."
             problems.append(Problem(str(file), f"annotations[{index}]", wrong, remedy))
             continue
         case = case_of[annotation["image_id"]]
@@ -338,11 +338,10 @@ def _coco_cases(
         if case is None:
             strangers.append(name)
             continue
-        if case in first_of:
+        if first_of.setdefault(case, image["file_name"]) != image["file_name"]:
             what = f"{image['file_name']} and {first_of[case]} are both the case {case}"
             problems.append(Problem(str(file), f"images[{index}]", what, "Leave one of them, or rename the files."))
             continue
-        first_of[case] = image["file_name"]
         size = image_size(cases[case].image, reader)
         if len(size) != 2:
             raise SideFileError(f"COCO boxes are 2D, but the images of this dataset are {len(size)}D.")

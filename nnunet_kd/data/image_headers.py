@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from numpy.typing import NDArray
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,15 @@ def _read_itk_header(file: Path) -> Header:
         np.array(header.GetOrigin()[:num_axes]),
         direction,
     )
+
+
+def num_channels_of(file: Path, reader: type[BaseReaderWriter]) -> int:
+    """Channels in one file as a dataset's ``reader`` would see them; colour images are not decoded for that."""
+    if issubclass(reader, NaturalImage2DIO):
+        with Image.open(file) as image:
+            if image.mode in ("L", "RGB", "RGBA"):  # what others are decoded to, their mode does not tell
+                return len(image.getbands())
+    return read_header(file, reader).num_channels
 
 
 def num_axes_of(properties: Mapping[str, Any]) -> int | None:

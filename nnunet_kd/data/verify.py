@@ -33,6 +33,8 @@ from nnunet_kd.errors import JointDatasetError, NnUNetKDError
 from nnunet_kd.settings import BLOCK
 
 REPAIR_FOLDS = "Correct the folds, or add cases."  # of folds that can be trained, but not learn a class
+REPAIR_CASES = "Correct the folds, or do not train this one."
+FOLD_REMEDIES = (REPAIR_FOLDS, REPAIR_CASES)  # of problems with one fold, which forbid no planning
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ def verify_dataset(
 
     raw = raw_cases(folder, dataset_json)
     cases = list(raw) or _preprocessed_cases(name, dataset_json)
+    known = {*cases, *_preprocessed_cases(name, dataset_json)}
     if not cases:
         what = "no training images, neither in imagesTr nor preprocessed"
         problems.append(Problem(str(folder), "", what, "Put them there, or check 'file_ending' in dataset.json."))
@@ -137,7 +140,7 @@ def verify_dataset(
     groups = None
     if tasks.split_by is not None:
         groups = _groups(_path(name, folder, tasks.groups_file), tasks.split_by, cases, problems)
-    _verify_splits(name, cases, tasks.split_by, groups or {}, presences, problems)
+    _verify_splits(name, known, tasks.split_by, groups or {}, presences, problems)
     if check_copies:
         _verify_copies(name, folder, tasks, problems)
     num_groups = None if groups is None else len(set(groups.values()))
@@ -355,11 +358,11 @@ def _verify_splits(
         train, val = set(split["train"]), set(split["val"])
         for wrong, named in (
             ("are both in training and validation", train & val),
-            ("have no training image", (train | val).difference(cases)),
+            ("have no training image", (train | val).difference(cases) if cases else set()),
         ):
             if named:
                 what = f"{len(named)} case(s) {wrong}: {some(sorted(named))}"
-                problems.append(Problem(str(path), f"fold {fold}", what, REPAIR_SPLITS))
+                problems.append(Problem(str(path), f"fold {fold}", what, REPAIR_CASES))
         shared = shared_groups(groups, split)
         if shared:
             what = f"{len(shared)} value(s) of '{split_by}' are both in training and validation: {some(shared)}"
@@ -373,9 +376,13 @@ def _verify_splits(
 def _read_splits(path: Path) -> list[Split]:
     splits = read_json(path, REPAIR_SPLITS)
     folds = splits if isinstance(splits, list) else [None]
-    if any(not isinstance(fold, dict) or not {"train", "val"} <= fold.keys() for fold in folds):
-        raise JointDatasetError(f"it is not a list of folds that have 'train' and 'val'. {REPAIR_SPLITS}")
+    if not all(isinstance(fold, dict) and _are_lists(fold.get("train"), fold.get("val")) for fold in folds):
+        raise JointDatasetError(f"it is not a list of folds that have 'train' and 'val', lists. {REPAIR_SPLITS}")
     return splits
+
+
+def _are_lists(*values: Any) -> bool:
+    return all(isinstance(value, list) and all(isinstance(case, str) for case in value) for value in values)
 
 
 def _verify_copies(name: str, folder: Path, tasks: Tasks, problems: list[Problem]) -> None:

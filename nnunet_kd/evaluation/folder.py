@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from tqdm import tqdm
 
 from nnunet_kd.data.image_headers import num_axes_of
+from nnunet_kd.data.verify import image_reader
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.evaluation.metrics import Label, Segmentation, evaluate_case
 
@@ -84,7 +84,7 @@ def read_pairs(
 ) -> Iterator[tuple[str, Segmentation, Segmentation, Sequence[float], bool]]:
     """Case, reference [Z, Y, X], prediction [Z, Y, X], spacing in mm of every case, and whether its image is 2D.
 
-    Of a 2D image Z is 1, and the spacing across it is made up by nnU-Net's readers.
+    Of an image that is stored as 2D Z is 1, and the spacing across it is made up by nnU-Net's readers.
 
     Args:
         reference_folder: Label files, ``<case><file ending>``.
@@ -109,7 +109,7 @@ def read_pairs(
         )
         raise NnUNetKDError(msg)
     first = reference_folder / f"{cases[0]}{file_ending}"
-    reader = determine_reader_writer_from_dataset_json(dict(dataset_json), str(first), verbose=False)()
+    reader = image_reader(dataset_json, first)()
     for case in cases:
         reference, properties = _read(reader, reference_folder / f"{case}{file_ending}")
         prediction, _ = _read(reader, prediction_folder / f"{case}{file_ending}")
@@ -128,8 +128,11 @@ def _read(reader: BaseReaderWriter, file: Path) -> tuple[Segmentation, dict[str,
     """A label map [Z, Y, X] and nnU-Net's properties of it."""
     try:
         segmentation, properties = reader.read_seg(str(file))
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a broken file makes its library raise
-        msg = f"{file} cannot be read ({' '.join(str(error).split())}). Replace it, or evaluate without this case."
+        reason = " ".join(str(error).split()) or repr(error)
+        msg = f"{file} cannot be read ({reason}). Replace it, or evaluate without this case."
         raise NnUNetKDError(msg) from error
     return np.asarray(segmentation[0]), properties
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
-from nnunet_kd.data.image_headers import read_header
+from nnunet_kd.data.image_headers import num_channels_of
 from nnunet_kd.errors import NnUNetKDError
 
 READERS = "nnunetv2.imageio."
@@ -83,7 +83,7 @@ def need_all_channels(
         if len(files) == len(channels):
             continue
         try:
-            found = sum(read_header(Path(file), reader).num_channels for file in files)
+            found = sum(num_channels_of(Path(file), reader) for file in files)
         except Exception:  # whatever a broken image makes its library raise; unreadable_images_named will say it
             continue
         if found != len(channels):

@@ -215,6 +215,9 @@ def test_two_coco_images_of_one_case_are_named(tmp_path: Path, flat: Any) -> Non
         boxes_from_coco(coco(tmp_path, images=images, annotations=annotations), *flat)
     (line,) = str(error.value).splitlines()
     assert "images[1]: site2/a.png and site1/a.png are both the case a" in line
+    images[1]["file_name"] = "site1/a.png"  # joined files of several annotators list an image several times
+    conversion = boxes_from_coco(coco(tmp_path, images=images, annotations=annotations), *flat)
+    assert plain(conversion) == {"a": [("cyst", [0, 0, 1, 1])] * 2}
 
 
 def test_ids_that_joined_coco_files_repeat_are_named(tmp_path: Path, flat: Any) -> None:

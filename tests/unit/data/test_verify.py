@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from PIL import Image
 
 from nnunet_kd.cli.verify import main
 from nnunet_kd.data.side_files import Problem, SideFileError
+from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.data.verify import image_size, raw_cases, verify_dataset
+from nnunet_kd.planners.tasks import prepare_side_files
 
 NAME = "Dataset901_Toy"
 CASES = [f"toy_{index:03d}" for index in range(6)]
@@ -212,6 +215,17 @@ def test_cases_on_both_sides_of_a_fold_and_unknown_ones_are_reported(toy: Toy) -
     ]
 
 
+def test_a_fold_that_nobody_may_train_forbids_no_planning(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stock nnU-Net lets a fold validate on its training cases, "if this is intentional"."""
+    toy.plan([*SPLITS, {"train": CASES, "val": CASES[:2]}])
+    tasks = Tasks.from_dataset_json(json.loads((toy.raw / "dataset.json").read_text()))
+    with pytest.raises(SideFileError, match=r"'patient' are both in training and validation"):
+        prepare_side_files(NAME, tasks)
+    toy.write({"tasks": TASKS}, good_rows(), good_boxes())
+    prepare_side_files(NAME, replace(tasks, split_by=None))
+    assert f"fold 2: 2 case(s) are both in training and validation: {CASES[0]}, {CASES[1]}" in capsys.readouterr().out
+
+
 def test_a_training_fold_that_lacks_a_class_is_reported(toy: Toy) -> None:
     found = fold_problems(toy, [CASES[1], CASES[0]], [CASES[2], CASES[3]])
     assert found == []
@@ -233,7 +247,7 @@ def test_a_finding_needs_both_answers(toy: Toy) -> None:
     ]
 
 
-@pytest.mark.parametrize("splits", [{}, [[]], [{"train": []}], "x"])
+@pytest.mark.parametrize("splits", [{}, [[]], [{"train": []}], [{"train": None, "val": [CASES[0]]}], "x"])
 def test_splits_of_another_form_are_reported(toy: Toy, splits: Any) -> None:
     toy.plan(splits)
     (problem,) = toy.problems()

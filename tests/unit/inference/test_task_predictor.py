@@ -504,7 +504,11 @@ def test_the_folder_of_a_dataset_or_a_file_is_no_output_folder(
     message = failed(folders, capsys)
     assert f"-o {folders.output} holds a dataset.json that no prediction has written" in message
     assert [file.read_text() for file in folders.output.iterdir()] == ['{"name": "mine"}']
-    (folders.output / "dataset.json").unlink()
+    dataset, folders.output = folders.output, folders.output / "labelsTr"
+    folders.output.mkdir()
+    assert f"-o {folders.output} belongs to a dataset" in failed(folders, capsys)
+    assert not list(folders.output.iterdir())
+    folders.output = dataset / "other"
     predict(folders, "--tasks", "classification")
     predict(folders, "--tasks", "classification")  # into a folder of predictions one may predict again
     folders.output = folders.output / "classification.csv"
