@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nnunet_kd.inference.input_files import input_images, need_all_channels, unreadable_images_named
     from nnunet_kd.inference.predict import build_predictor
     from nnunet_kd.inference.trained_model import open_model
+    from nnunet_kd.spaces.channels import channel_names
 
     if args.code is not None and args.translate is not None:
         raise NnUNetKDError("--code chooses a segmentation and --translate gives an image. Leave one of them out.")
@@ -71,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file_ending = predictor.dataset_json["file_ending"]
     reader = predictor.plans_manager.image_reader_writer_class
     images = input_images(args.i, file_ending)
-    description = predictor.dataset_json
-    channels = description["channel_names"] if "channel_names" in description else description["modality"]
-    need_all_channels(images, file_ending, [str(name) for name in channels.values()], reader)
+    need_all_channels(images, file_ending, channel_names(predictor.dataset_json), reader)
     os.makedirs(args.o, exist_ok=True)
     with unreadable_images_named(images, file_ending, reader()):
         _predict(args, model, predictor, images)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_kd.data.member import Member, read_json
+from nnunet_kd.data.member import Member
 from nnunet_kd.data.side_files import CaseBoxes, side_file
-from nnunet_kd.data.splits import REPAIR_SPLITS, Split, member_splits, read_groups, some
+from nnunet_kd.data.splits import Split, member_splits, read_groups, read_splits, some
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
@@ -68,8 +68,7 @@ def planned_splits(member: Member, cases: Sequence[str]) -> list[Split]:
         JointDatasetError: The file is broken, or there are too few cases or groups.
     """
     if member.splits_file.is_file():
-        splits: list[Split] = read_json(member.splits_file, REPAIR_SPLITS)
-        return splits
+        return read_splits(member.splits_file)
     tasks = Tasks.from_dataset_json(member.dataset_json)
     groups = None
     if tasks.split_by is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_kd.data.member import read_json
 from nnunet_kd.data.side_files import Problem, SideFileError, read_rows
 from nnunet_kd.errors import JointDatasetError
 
@@ -126,6 +127,28 @@ def read_groups(csv_path: Path, column: str) -> dict[str, str]:
     return groups
 
 
+def read_splits(path: Path) -> list[Split]:
+    """The content of a splits_final.json.
+
+    Raises:
+        JointDatasetError: The file is missing, broken or of another form.
+    """
+    splits = read_json(path, REPAIR_SPLITS)
+    folds = splits if isinstance(splits, list) else [None]
+    if not all(
+        isinstance(fold, dict) and all(_is_cases(fold.get(side)) for side in ("train", "val")) for fold in folds
+    ):
+        raise JointDatasetError(
+            f"{path} is not a list of folds that have 'train' and 'val', each a list of cases. {REPAIR_SPLITS}"
+        )
+    own: list[Split] = splits
+    return own
+
+
+def _is_cases(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(case, str) for case in value)
+
+
 def join_splits(members: Mapping[str, list[Split]], identifiers: Mapping[str, Sequence[str]]) -> list[Split]:
     """Joint folds with keys MEMBER/CASE: fold f holds fold f of every member.
 
@@ -151,12 +174,7 @@ def join_splits(members: Mapping[str, list[Split]], identifiers: Mapping[str, Se
     return joint
 
 
-def _check_splits(member: str, splits: Any, identifiers: Sequence[str]) -> None:
-    folds = splits if isinstance(splits, list) else [None]
-    if any(not isinstance(fold, dict) or not {"train", "val"} <= fold.keys() for fold in folds):
-        raise JointDatasetError(
-            f"splits_final.json of {member} is not a list of folds that have 'train' and 'val'. {REPAIR_SPLITS}"
-        )
+def _check_splits(member: str, splits: Sequence[Split], identifiers: Sequence[str]) -> None:
     existing = set(identifiers)
     for fold, split in enumerate(splits):
         missing = sorted({*split["train"], *split["val"]} - existing)

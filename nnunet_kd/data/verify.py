@@ -27,7 +27,7 @@ from tqdm import tqdm
 from nnunet_kd.data.folds import Presence, shared_groups
 from nnunet_kd.data.member import read_json
 from nnunet_kd.data.side_files import Problem, SideFileError, read_boxes, read_labels, read_rows
-from nnunet_kd.data.splits import REPAIR_SPLITS, Split, some
+from nnunet_kd.data.splits import read_splits, some
 from nnunet_kd.data.tasks import ClassificationTarget, DetectionTarget, TaskError, Tasks
 from nnunet_kd.errors import JointDatasetError, NnUNetKDError
 from nnunet_kd.settings import BLOCK
@@ -256,7 +256,7 @@ def _image_sizes(
 
 
 def _as_problem(file: Path, error: NnUNetKDError) -> Problem:
-    what, _, remedy = str(error).partition(". ")
+    what, _, remedy = str(error).replace(str(file), "it", 1).partition(". ")
     return Problem(str(file), "", what, remedy)
 
 
@@ -350,7 +350,7 @@ def _verify_splits(
     if path is None:
         return
     try:
-        splits = _read_splits(path)
+        splits = read_splits(path)
     except JointDatasetError as error:
         problems.append(_as_problem(path, error))
         return
@@ -371,18 +371,6 @@ def _verify_splits(
         for presence in presences:
             for what in presence.one_sided(split["train"]):
                 problems.append(Problem(str(path), f"fold {fold}", what, REPAIR_FOLDS))
-
-
-def _read_splits(path: Path) -> list[Split]:
-    splits = read_json(path, REPAIR_SPLITS)
-    folds = splits if isinstance(splits, list) else [None]
-    if not all(isinstance(fold, dict) and _are_lists(fold.get("train"), fold.get("val")) for fold in folds):
-        raise JointDatasetError(f"it is not a list of folds that have 'train' and 'val', lists. {REPAIR_SPLITS}")
-    return splits
-
-
-def _are_lists(*values: Any) -> bool:
-    return all(isinstance(value, list) and all(isinstance(case, str) for case in value) for value in values)
 
 
 def _verify_copies(name: str, folder: Path, tasks: Tasks, problems: list[Problem]) -> None:

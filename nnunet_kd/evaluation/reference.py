@@ -10,7 +10,7 @@ from typing import Any
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 
 from nnunet_kd.data.member import dataset_name, read_json
-from nnunet_kd.data.splits import REPAIR_SPLITS, read_groups
+from nnunet_kd.data.splits import Split, read_groups, read_splits
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.errors import NnUNetKDError
 
@@ -108,17 +108,12 @@ class ReferenceDataset:
         """Training cases of a fold of splits_final.json; raises as :meth:`validation_cases`."""
         return sorted(self._split(fold)["train"])
 
-    def _split(self, fold: int) -> dict[str, list[str]]:
+    def _split(self, fold: int) -> Split:
         file = self.file("splits_final.json")
-        splits = read_json(file, REPAIR_SPLITS)
-        if not isinstance(splits, list) or not all(
-            isinstance(split, dict) and {"train", "val"} <= set(split) for split in splits
-        ):
-            raise NnUNetKDError(f"{file} is not a list of folds that have 'train' and 'val'. {REPAIR_SPLITS}")
+        splits = read_splits(file)
         if not 0 <= fold < len(splits):
             raise NnUNetKDError(f"{file} has no fold {fold}. Its folds are 0 to {len(splits) - 1}.")
-        split: dict[str, list[str]] = splits[fold]
-        return split
+        return splits[fold]
 
 
 def _find(folders: Iterable[Path], names: Sequence[str]) -> Path | None:

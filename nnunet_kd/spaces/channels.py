@@ -56,4 +56,5 @@ def _quoted(names: Sequence[str]) -> str:
 def channel_names(dataset_json: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the image channels in their order, from ``channel_names`` (or its old name ``modality``)."""
     channels = dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
-    return tuple(channels[key] for key in sorted(channels, key=int))
+    numbered = all(str(key).isdigit() for key in channels)  # else nnU-Net takes them as they stand
+    return tuple(channels[key] for key in (sorted(channels, key=int) if numbered else channels))

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_kd.data.side_files import SideFileError
-from nnunet_kd.data.splits import fold_cases, join_key, join_splits, member_splits, read_groups, split_key
+from nnunet_kd.data.splits import (
+    fold_cases,
+    join_key,
+    join_splits,
+    member_splits,
+    read_groups,
+    read_splits,
+    split_key,
+)
 from nnunet_kd.errors import JointDatasetError
 
 CASES = [f"case_{index:03d}" for index in range(23)]
@@ -188,10 +196,17 @@ def test_splits_that_do_not_fit_the_cases_are_refused() -> None:
         join_splits({"A": [{"train": CASES, "val": CASES[:2]}]}, {"A": CASES})
 
 
-@pytest.mark.parametrize("splits", [{}, "ab", [["a"]], [{"train": ["a"]}]])
-def test_splits_of_another_form_are_refused(splits: Any) -> None:
-    with pytest.raises(JointDatasetError, match=r"splits_final\.json of A is not a list of folds .*Correct the file"):
-        join_splits({"A": splits}, {"A": ["a"]})
+@pytest.mark.parametrize(
+    "splits", [{}, "ab", [["a"]], [{"train": ["a"]}], [{"train": None, "val": ["a"]}], [{"train": ["a"], "val": [1]}]]
+)
+def test_splits_of_another_form_are_refused(splits: Any, tmp_path: Path) -> None:
+    file = tmp_path / "splits_final.json"
+    file.write_text(json.dumps(splits))
+    with pytest.raises(JointDatasetError, match=r"splits_final\.json is not a list of folds .*Correct the file"):
+        read_splits(file)
+    good = [{"train": ["a"], "val": ["b"]}]
+    file.write_text(json.dumps(good))
+    assert read_splits(file) == good
 
 
 def test_cases_outside_the_splits_take_no_part() -> None:

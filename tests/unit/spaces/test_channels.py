@@ -5,13 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_kd.errors import JointDatasetError
-from nnunet_kd.spaces.channels import ChannelSpace, union
+from nnunet_kd.spaces.channels import ChannelSpace, channel_names, union
 
 members_of_channels = st.dictionaries(
     st.sampled_from(["A", "B", "C", "D"]),
     st.lists(st.sampled_from(["CT", "T1", "T2", "FLAIR", "PET"]), min_size=1, unique=True),
     min_size=1,
 )
+
+
+def test_channels_are_in_the_order_of_their_numbers_or_else_as_they_stand() -> None:
+    numbered = {"10": "PET", "2": "T2", "0": "T1"}
+    assert channel_names({"channel_names": numbered}) == channel_names({"modality": numbered}) == ("T1", "T2", "PET")
+    assert channel_names({"channel_names": {"T2": "T2", "T1": "T1"}}) == ("T2", "T1")
 
 
 def test_union_keeps_the_order_of_first_appearance() -> None:
