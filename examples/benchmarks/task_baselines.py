@@ -27,6 +27,7 @@ from nnunet_kd.data.task_data import TaskData
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.evaluation.detection import PredictedBoxes
 from nnunet_kd.evaluation.prediction_files import write_box_predictions, write_classification_predictions
+from nnunet_kd.inference.plain_model import build_stock_network
 from nnunet_kd.inference.task_files import boxes_in_stored_image
 from nnunet_kd.tasks.classification import ClassificationLoss, probabilities
 from nnunet_kd.tasks.detection_plan import neighbour_overlaps, planned_nms_threshold
@@ -46,6 +47,7 @@ class WholeImages:
     """
 
     def __init__(self, member: Member, cases: Sequence[str]) -> None:
+        self.member = member
         self.tasks = Tasks.from_dataset_json(member.dataset_json)
         self.shape = tuple(member.configuration_manager.patch_size)
         self.dimension = len(self.shape)
@@ -147,6 +149,34 @@ def run_resnet(images: WholeImages, split: Mapping[str, Sequence[str]], budget: 
         from monai.networks.nets import resnet18
 
         network = resnet18(spatial_dims=3, n_input_channels=channels, num_classes=num_classes)
+    return _run_classifier(network, images, split, budget, folder)
+
+
+def run_own_network(images: WholeImages, split: Mapping[str, Sequence[str]], budget: Budget, folder: Path) -> float:
+    """The same for the network that the control trains, with its class head."""
+    torch.manual_seed(budget.seed)
+    member = images.member
+    unet = build_stock_network(member.plans_manager, member.configuration, member.dataset_json)
+    return _run_classifier(_ClassesOnly(unet, images.tasks.classification[0].name), images, split, budget, folder)
+
+
+class _ClassesOnly(nn.Module):
+    """Class logits of one target of a network with heads."""
+
+    def __init__(self, network: nn.Module, target: str) -> None:
+        super().__init__()
+        self.network = network
+        self.target = target
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.network(image, tasks=True).classification[self.target]
+        return logits
+
+
+def _run_classifier(
+    network: nn.Module, images: WholeImages, split: Mapping[str, Sequence[str]], budget: Budget, folder: Path
+) -> float:
+    target = images.tasks.classification[0]
     criterion = ClassificationLoss(multilabel=target.multilabel)
     labels = images.side.class_labels[target.name]
 

@@ -10,7 +10,7 @@ BRAIN_TUMOUR, DEMENTIA = "Dataset316_BrainTumorBoxes", "Dataset313_AlzheimerMRI"
 COVID, STONE, LIVER = "Dataset312_COVIDCT", "Dataset323_KidneyStoneCT", "Dataset322_LiTSLiverCT2D"
 TASK_PLANS = "nnUNetKDPlans"  # the small plans with heads
 BATCH_SIZE = 4
-RESNET, RETINANET, COMPONENTS = "resnet18", "retinanet", "components"
+RESNET, OWN_NETWORK, RETINANET, COMPONENTS = "resnet18", "own_network", "retinanet", "components"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ SCENARIOS = {
         (BRAIN_TUMOUR, DEMENTIA),
         {RESNET: (BRAIN_TUMOUR, DEMENTIA), RETINANET: (BRAIN_TUMOUR,)},
     ),
-    "ct2d": Scenario("2d", 912, (COVID, STONE, LIVER), (COVID, STONE), {RESNET: (COVID,), RETINANET: (STONE,)}),
+    "ct2d": Scenario(
+        "2d", 912, (COVID, STONE, LIVER), (COVID, STONE), {RESNET: (COVID,), OWN_NETWORK: (COVID,), RETINANET: (STONE,)}
+    ),
     "lung3d": Scenario("3d_fullres", 913, (NODULE, HIPPOCAMPUS), (NODULE,), {RESNET: (NODULE,), COMPONENTS: (NODULE,)}),
 }
-KINDS = ("teacher", "control", "student", RESNET, RETINANET, COMPONENTS)
+KINDS = ("teacher", "control", "student", RESNET, OWN_NETWORK, RETINANET, COMPONENTS)

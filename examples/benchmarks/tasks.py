@@ -8,6 +8,7 @@ Scenarios (members of one joint teacher; every student has a control of its own)
 
 Alternatives, with the same training cases, steps, batch size and image size:
   resnet18    timm's, or MONAI's in 3D, from random weights on the whole image, for classes
+  own_network the control's network and class head, trained as resnet18 is: is it the network or the training?
   retinanet   torchvision's with a ResNet-18 from random weights on the whole image, for boxes in 2D
   components  nnU-Net's segmentation without further heads and its connected components, for boxes in 3D
 
@@ -48,7 +49,17 @@ from real_data import (
     start_again,
     write_small_plans,
 )
-from task_scenarios import BATCH_SIZE, COMPONENTS, KINDS, RESNET, RETINANET, SCENARIOS, TASK_PLANS, Scenario
+from task_scenarios import (
+    BATCH_SIZE,
+    COMPONENTS,
+    KINDS,
+    OWN_NETWORK,
+    RESNET,
+    RETINANET,
+    SCENARIOS,
+    TASK_PLANS,
+    Scenario,
+)
 from task_tables import write_tables
 
 # ---- preparation (parent process) -----------------------------------------------------------------------------------
@@ -107,7 +118,7 @@ def run_one(root: Path, run: Run, steps: int, epochs: int, settings: dict) -> No
     start = time.process_time()
     target = root / "predictions" / run.name
     shutil.rmtree(target, ignore_errors=True)
-    if run.kind in (RESNET, RETINANET):
+    if run.kind in (RESNET, OWN_NETWORK, RETINANET):
         seconds = run_whole_images(run, steps, target / run.dataset)
     else:
         seconds = run_trainer(root, run, steps, epochs, settings, target)
@@ -118,14 +129,14 @@ def run_one(root: Path, run: Run, steps: int, epochs: int, settings: dict) -> No
 
 def run_whole_images(run: Run, steps: int, target: Path) -> float:
     """Train and predict with one of the networks for whole images; return the seconds that training took."""
-    from task_baselines import Budget, WholeImages, run_resnet, run_retinanet
+    from task_baselines import Budget, WholeImages, run_own_network, run_resnet, run_retinanet
 
     from nnunet_kd.data.member import Member
 
     member = Member(run.dataset, TASK_PLANS, SCENARIOS[run.scenario].configuration)
     split = json.loads(member.splits_file.read_text())[run.fold]
     images = WholeImages(member, [*split["train"], *split["val"]])
-    train = run_resnet if run.kind == RESNET else run_retinanet
+    train = {RESNET: run_resnet, OWN_NETWORK: run_own_network, RETINANET: run_retinanet}[run.kind]
     target.mkdir(parents=True, exist_ok=True)
     return train(images, split, Budget(steps, BATCH_SIZE, run.seed), target)
 
