@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any
@@ -19,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from nnunet_kd.environment import TRAINERS_VARIABLE, add_trainers_folder
 from nnunet_kd.errors import NnUNetKDError
+from nnunet_kd.leaderboard.commands import Commands, JobError
 from nnunet_kd.leaderboard.plan import Job, Machine, Plan
 from nnunet_kd.leaderboard.record import State, changes, read_record, record_file, state_of, write_record
 from nnunet_kd.leaderboard.runs import Run, trained_datasets
@@ -26,21 +25,17 @@ from nnunet_kd.leaderboard.scores import case_scores
 
 TAIL_LINES = 25
 DONE, ELSEWHERE = "done before", "runs elsewhere"
-_processes: set[int] = set()  # process groups that run now
 _measuring = Lock()  # nnU-Net finds trainers through sys.path and sys.modules, which threads share
 
 
-class JobError(NnUNetKDError):
-    """A command of a leaderboard failed; the message names its log."""
-
-
-def execute(job: Job, plan: Plan, machine: Machine, *, is_main: bool = True) -> str:
+def execute(job: Job, plan: Plan, machine: Machine, *, commands: Commands | None = None, is_main: bool = True) -> str:
     """Run a job if it is not finished, and measure a training that has finished.
 
     Args:
         job: The job.
         plan: Where it belongs.
         machine: Where it runs.
+        commands: Those that are ended together; None ends it alone.
         is_main: Of several nodes that train together, only one writes records.
 
     Returns:
@@ -49,16 +44,17 @@ def execute(job: Job, plan: Plan, machine: Machine, *, is_main: bool = True) -> 
     Raises:
         JobError: The command failed or did not write its outputs, or the run was made with other settings.
     """
+    commands = commands or Commands()
     if not is_main:  # the others would wait for a main node that has nothing to do
         if _refuse_or_finished(job, plan.out):
             return DONE
-        seconds, _ = _call(job, plan, machine, alone=False)
+        seconds, _ = _call(job, plan, machine, commands, alone=False)
         return f"{seconds:.0f} s"
     locks = plan.out / "jobs"
     locks.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(locks / f"{job.name}.lock", timeout=0):
-            result = DONE if _refuse_or_finished(job, plan.out) else _call_and_record(job, plan, machine)
+            result = DONE if _refuse_or_finished(job, plan.out) else _call_and_record(job, plan, machine, commands)
             measure_once(job, plan)
             return result
     except Timeout:
@@ -71,13 +67,6 @@ def _refuse_or_finished(job: Job, out: Path) -> bool:
     if state in (State.OTHER, State.UNKNOWN):
         raise JobError(conflict(job, out, state))
     return state is State.FINISHED
-
-
-def end_all() -> None:
-    """End the commands that run now, and their workers."""
-    for group in list(_processes):
-        with suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGTERM)
 
 
 def conflict(job: Job, out: Path, state: State) -> str:
@@ -156,13 +145,13 @@ def _costs_of(run: Run, plan: Plan) -> dict[str, Any]:
         return measure(run, heads)
 
 
-def _call_and_record(job: Job, plan: Plan, machine: Machine) -> str:
+def _call_and_record(job: Job, plan: Plan, machine: Machine, commands: Commands) -> str:
     file = record_file(job, plan.out)
     earlier = read_record(file) or {}
     num_gpus = machine.num_gpus * machine.nodes
     is_changed = state_of(job, plan.out) is State.HALF and earlier.get("num_gpus", num_gpus) != num_gpus
     write_record(file, job, finished=False, num_gpus=None if is_changed else num_gpus)
-    seconds, peak_gb = _call(job, plan, machine, alone=machine.nodes == 1)
+    seconds, peak_gb = _call(job, plan, machine, commands, alone=machine.nodes == 1)
     missing = [output for output in job.outputs if not output.exists()]
     if missing:
         log = _log_of(job, plan)
@@ -177,11 +166,14 @@ def _log_of(job: Job, plan: Plan) -> Path:
     return plan.out / "jobs" / f"{job.name}.log"
 
 
-def _call(job: Job, plan: Plan, machine: Machine, alone: bool) -> tuple[float, float | None]:
+def _call(job: Job, plan: Plan, machine: Machine, commands: Commands, alone: bool) -> tuple[float, float | None]:
     """Seconds that the command took, and its peak memory in GB where that is known; ``alone``: on one node."""
     log, environment = _log_of(job, plan), environment_of(job, machine)
     start = time.time()
-    code, peak_gb = _run([_expanded(word, environment) for word in job.command], environment, log, alone)
+    with log.open("a") as stream:
+        if alone:
+            _lock(stream)
+        code, peak_gb = commands.run([_expanded(word, environment) for word in job.command], environment, stream)
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
         raise JobError(f"{job.name} returned {code}. The end of {log}:\n{tail}")
@@ -209,31 +201,3 @@ def _lock(log: IO[str]) -> None:
         raise Timeout(log.name) from error
     except OSError:  # a file system without locks
         return
-
-
-def _run(words: list[str], environment: Mapping[str, str], log: Path, alone: bool) -> tuple[int, float | None]:
-    """Return code, and the largest resident memory of the process or one of its workers in GB where it is known."""
-    with log.open("a") as stream:
-        if alone:
-            _lock(stream)
-        try:
-            process = subprocess.Popen(
-                words,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that its workers can be ended with it
-            )
-        except FileNotFoundError as error:
-            raise JobError(f"The command {words[0]} is not on the PATH. Install nnunet-kd with pip.") from error
-        _processes.add(process.pid)
-        try:
-            if not hasattr(os, "wait4"):
-                return process.wait(), None
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            unit = 1 if sys.platform == "darwin" else 1024
-            return process.returncode, usage.ru_maxrss * unit / 1e9
-        finally:
-            _processes.discard(process.pid)

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 from nnunet_kd.errors import NnUNetKDError
-from nnunet_kd.leaderboard.execute import ELSEWHERE, check_conflicts, end_all, execute
+from nnunet_kd.leaderboard.commands import Commands
+from nnunet_kd.leaderboard.execute import ELSEWHERE, check_conflicts, execute
 from nnunet_kd.leaderboard.plan import Job, Machine, Plan
 from nnunet_kd.leaderboard.record import State, state_of
 
 
 @contextmanager
-def _ending_commands() -> Iterator[None]:
+def _ending(commands: Commands) -> Iterator[None]:
     """What is interrupted ends its commands too: they resume when the plan is run again.
 
     Commands have sessions of their own, so that the end of this process or of its terminal would not reach them, and
@@ -30,7 +31,7 @@ def _ending_commands() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        end_all()
+        commands.end_all()
         raise
     finally:
         for number in numbers:
@@ -60,12 +61,13 @@ def run_plan(plan: Plan, machine: Machine, workers: int, say: Callable[[str], No
     blocked: set[str] = set()
     say(f"{len(finished)} of {len(plan.jobs)} jobs are finished.")
     running: dict[Future[str], Job] = {}
-    with ThreadPoolExecutor(workers) as pool, _ending_commands():
+    commands = Commands()
+    with ThreadPoolExecutor(workers) as pool, _ending(commands):
         while waiting or running:
             for job in [job for job in waiting if finished.issuperset(job.needs)][: workers - len(running)]:
                 waiting.remove(job)
                 say(f"start {job.name}")
-                running[pool.submit(execute, job, plan, machine)] = job
+                running[pool.submit(execute, job, plan, machine, commands=commands)] = job
             for job in [job for job in waiting if set(job.needs) & {*failed, *blocked}]:
                 waiting.remove(job)
                 blocked.add(job.name)

@@ -16,7 +16,8 @@ import pytest
 from filelock import FileLock
 
 from nnunet_kd.errors import NnUNetKDError
-from nnunet_kd.leaderboard.execute import end_all, execute
+from nnunet_kd.leaderboard.commands import Commands
+from nnunet_kd.leaderboard.execute import execute
 from nnunet_kd.leaderboard.plan import Job, Machine, Plan
 from nnunet_kd.leaderboard.recipe import check_data
 from nnunet_kd.leaderboard.run import run_plan
@@ -121,10 +122,11 @@ def test_interrupted_commands_end_with_their_workers(plan_of: Callable[..., Plan
     beats = tmp_path / "beats"
     job = shell("long", f"sh -c 'while true; do echo . >> {beats}; sleep 0.02; done' & wait")
     results: list[BaseException] = []
+    commands = Commands()
 
     def run() -> None:
         try:
-            execute(job, plan_of(job), Machine())
+            execute(job, plan_of(job), Machine(), commands=commands)
         except NnUNetKDError as error:
             results.append(error)
 
@@ -132,7 +134,7 @@ def test_interrupted_commands_end_with_their_workers(plan_of: Callable[..., Plan
     thread.start()
     while not beats.is_file():
         time.sleep(0.01)
-    end_all()
+    commands.end_all()
     thread.join(10)
     assert len(results) == 1
     count = beats.stat().st_size
