@@ -58,7 +58,7 @@ def prepare_source(source: str, steps: StockSteps, configurations: Sequence[str]
             f"The source {source} has no masks (tasks.segmentation is false in its dataset.json), so there is nothing "
             f"to adapt. Name a dataset with segmentations after -source."
         )
-    prepare_side_files(source, tasks)
+    prepare_side_files({source: tasks})
     prepare_member(source, steps, ())
     members = [Member(source, steps.plans_name, configuration) for configuration in configurations]
     if any(member.configuration_manager.previous_stage_name is not None for member in members):
@@ -107,7 +107,7 @@ def prepare_target(
     if not any_size:
         _refuse_other_sizes(members[0], target, images)
     add_unlabeled(members, images, num_processes, collection=collection)
-    prepare_side_files(target, Tasks.from_dataset_json(dataset_json))
+    prepare_side_files({target: Tasks.from_dataset_json(dataset_json)})
     cases = added_cases(members[0], collection)
     view = Member(target, plans_name, configurations[0], {"plans": members[0].plans, "dataset_json": dataset_json})
     view.base_folder.mkdir(parents=True, exist_ok=True)

@@ -80,8 +80,8 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
         check_planner(member, members_plans, args.pl)
         check_member_plans(member, members_plans, args.plans_name)
     steps = _planning_steps(args, planner, members_plans)
+    prepare_side_files(tasks)
     for member in members:
-        prepare_side_files(member, tasks[member])
         with stand_in_segmentations(member, tasks[member]):
             prepare_member(member, steps, ())
     chosen = {m: _configurations([m], members_plans, args.c) for m in members} if name is None else {}
@@ -133,7 +133,7 @@ def plan_student(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-plans_name", required=True, help="Name of the new plans, for example nnUNetKDPlansW50")
     args = parser.parse_args(arguments)
     dataset = dataset_name(args.d)
-    prepare_side_files(dataset, declared_tasks(dataset))
+    prepare_side_files({dataset: declared_tasks(dataset)})
     path = write_student_plans(
         dataset,
         args.p,

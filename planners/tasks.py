@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nnunet_kd.data.box_geometry import clip, to_preprocessed
 from nnunet_kd.data.folds import planned_splits
 from nnunet_kd.data.member import Member, read_json
-from nnunet_kd.data.side_files import SideFileError, read_boxes, side_file
+from nnunet_kd.data.side_files import Problem, SideFileError, read_boxes, side_file
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.data.verify import FOLD_REMEDIES, verify_dataset
 from nnunet_kd.environment import environment
@@ -46,22 +46,36 @@ def declared_tasks(name: str) -> Tasks:
     return Tasks.from_dataset_json(read_json(folder / "dataset.json", remedy))
 
 
-def prepare_side_files(name: str, tasks: Tasks) -> None:
-    """Check the side files of a dataset and copy them beside its plans, where training reads them.
+def prepare_side_files(tasks: Mapping[str, Tasks]) -> None:
+    """Check the side files of datasets and copy them beside their plans, where training reads them.
+
+    Args:
+        tasks: What each dataset declares, by its full name.
 
     Raises:
-        SideFileError: Lists everything that is wrong in them.
+        SideFileError: Lists everything that is wrong in them; nothing is copied then.
     """
-    folder = Path(str(nnUNet_preprocessed)) / name
-    _refresh_declaration(name, folder)
-    if tasks.is_segmentation_only and tasks.split_by is None:
-        return
-    problems = verify_dataset(name, show_progress=False, check_copies=False).problems
+    problems: list[Problem] = []
+    for name, own in tasks.items():
+        _refresh_declaration(name, Path(str(nnUNet_preprocessed)) / name)
+        if _has_side_files(own):
+            problems += verify_dataset(name, show_progress=False, check_copies=False).problems
     fatal = [problem for problem in problems if problem.remedy not in FOLD_REMEDIES]
     if fatal:
         raise SideFileError.listing(fatal)
     for problem in problems:
         print(f"WARNING: {problem}")
+    for name, own in tasks.items():
+        if _has_side_files(own):
+            _copy_side_files(name, own)
+
+
+def _has_side_files(tasks: Tasks) -> bool:
+    return not tasks.is_segmentation_only or tasks.split_by is not None
+
+
+def _copy_side_files(name: str, tasks: Tasks) -> None:
+    folder = Path(str(nnUNet_preprocessed)) / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in _side_file_names(tasks):
         source = Path(str(nnUNet_raw)) / name / file if nnUNet_raw.is_set() else None
@@ -268,7 +282,7 @@ def _box_sizes(member: Member, tasks: Tasks) -> tuple[NDArray[np.float64], NDArr
 def write_splits(member: Member) -> None:
     """Write the splits_final.json of a member with tasks or groups, which stock training would not look at."""
     tasks = Tasks.from_dataset_json(member.dataset_json)
-    if tasks.is_segmentation_only and tasks.split_by is None:
+    if not _has_side_files(tasks):
         return
     if not member.splits_file.is_file():
         write_json(member.splits_file, planned_splits(member, member_cases(member)))

@@ -253,8 +253,13 @@ def test_side_files_with_mistakes_stop_the_planning(planned: Any, tmp_path: Path
     boxes["everything_000"][0]["box"] = [30, 5, 10, 20]
     boxes["nobody"] = []
     (world.raw / EVERYTHING / "boxes.json").write_text(json.dumps(boxes))
-    output = world.plan("-d", "11", "-c", "2d", check=False)
+    classes = world.raw / CLASSES / "classification.csv"
+    classes.write_text(classes.read_text() + "somebody,0,small,0,0\n")
+    copied = world.preprocessed / CLASSES / "classification.csv"
+    before = copied.read_bytes()
+    output = world.plan("-d", "11", "12", "-c", "2d", check=False)
     assert "Traceback" not in output
-    assert "everything_000" in output
-    assert "nobody" in output
+    for mistake in ("everything_000", "nobody", "somebody"):  # of both datasets at once
+        assert mistake in output
+    assert copied.read_bytes() == before
     shutil.rmtree(tmp_path)

@@ -220,9 +220,9 @@ def test_a_fold_that_nobody_may_train_forbids_no_planning(toy: Toy, capsys: pyte
     toy.plan([*SPLITS, {"train": CASES, "val": CASES[:2]}])
     tasks = Tasks.from_dataset_json(json.loads((toy.raw / "dataset.json").read_text()))
     with pytest.raises(SideFileError, match=r"'patient' are both in training and validation"):
-        prepare_side_files(NAME, tasks)
+        prepare_side_files({NAME: tasks})
     toy.write({"tasks": TASKS}, good_rows(), good_boxes())
-    prepare_side_files(NAME, replace(tasks, split_by=None))
+    prepare_side_files({NAME: replace(tasks, split_by=None)})
     assert f"fold 2: 2 case(s) are both in training and validation: {CASES[0]}, {CASES[1]}" in capsys.readouterr().out
 
 
