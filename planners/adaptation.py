@@ -106,8 +106,8 @@ def prepare_target(
         raise AdaptationError(f"The target {target} has no images in {images}. Put them there.")
     if not any_size:
         _refuse_other_sizes(members[0], target, images)
-    add_unlabeled(members, images, num_processes, collection=collection)
     prepare_side_files({target: Tasks.from_dataset_json(dataset_json)})
+    add_unlabeled(members, images, num_processes, collection=collection)
     cases = added_cases(members[0], collection)
     view = Member(target, plans_name, configurations[0], {"plans": members[0].plans, "dataset_json": dataset_json})
     view.base_folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nnunet_kd.data.box_geometry import clip, to_preprocessed
 from nnunet_kd.data.folds import planned_splits
 from nnunet_kd.data.member import Member, read_json
-from nnunet_kd.data.side_files import Problem, SideFileError, read_boxes, side_file
+from nnunet_kd.data.side_files import SideFileError, read_boxes, side_file
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.data.verify import FOLD_REMEDIES, verify_dataset
 from nnunet_kd.environment import environment
@@ -53,21 +53,20 @@ def prepare_side_files(tasks: Mapping[str, Tasks]) -> None:
         tasks: What each dataset declares, by its full name.
 
     Raises:
-        SideFileError: Lists everything that is wrong in them; nothing is copied then.
+        SideFileError: Lists everything that is wrong in them; nothing is written then.
     """
-    problems: list[Problem] = []
-    for name, own in tasks.items():
-        _refresh_declaration(name, Path(str(nnUNet_preprocessed)) / name)
-        if _has_side_files(own):
-            problems += verify_dataset(name, show_progress=False, check_copies=False).problems
+    with_files = [name for name, own in tasks.items() if _has_side_files(own)]
+    reports = [verify_dataset(name, show_progress=False, check_copies=False) for name in with_files]
+    problems = [problem for report in reports for problem in report.problems]
     fatal = [problem for problem in problems if problem.remedy not in FOLD_REMEDIES]
     if fatal:
         raise SideFileError.listing(fatal)
     for problem in problems:
         print(f"WARNING: {problem}")
-    for name, own in tasks.items():
-        if _has_side_files(own):
-            _copy_side_files(name, own)
+    for name in tasks:
+        _refresh_declaration(name)
+    for name in with_files:
+        _copy_side_files(name, tasks[name])
 
 
 def _has_side_files(tasks: Tasks) -> bool:
@@ -84,10 +83,10 @@ def _copy_side_files(name: str, tasks: Tasks) -> None:
                 shutil.copyfile(source, temporary)
 
 
-def _refresh_declaration(name: str, folder: Path) -> None:
+def _refresh_declaration(name: str) -> None:
     """Bring our block of the preprocessed dataset.json up to the raw one; nnU-Net copies it only when it plans."""
     raw = Path(str(nnUNet_raw)) / name / "dataset.json" if nnUNet_raw.is_set() else None
-    copied = folder / "dataset.json"
+    copied = Path(str(nnUNet_preprocessed)) / name / "dataset.json"
     if raw is None or not raw.is_file() or not copied.is_file():
         return
     declared, content = (read_json(file, "Correct the file.") for file in (raw, copied))

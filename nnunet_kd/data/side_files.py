@@ -41,10 +41,14 @@ class SideFileError(NnUNetKDError):
 
     @classmethod
     def listing(cls, problems: Sequence[Problem]) -> SideFileError:
-        """An error that lists the first problems and counts the rest."""
-        lines = [str(problem) for problem in problems[:MAX_LISTED_PROBLEMS]]
-        if len(problems) > MAX_LISTED_PROBLEMS:
-            lines.append(f"... and {len(problems) - MAX_LISTED_PROBLEMS} more problems.")
+        """An error that lists the first problems of each file and counts the rest."""
+        lines: list[str] = []
+        for file in dict.fromkeys(problem.file for problem in problems):
+            own = [str(problem) for problem in problems if problem.file == file]
+            lines += own[:MAX_LISTED_PROBLEMS]
+            if len(own) > MAX_LISTED_PROBLEMS:
+                more = len(own) - MAX_LISTED_PROBLEMS
+                lines.append(f"... and {more} more in {file}. nnUNetKD_verify lists all of a dataset.")
         error = cls("\n".join(lines))
         error.problems = tuple(problems)
         return error

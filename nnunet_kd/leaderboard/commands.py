@@ -71,8 +71,8 @@ class Commands:
 
     def end_all(self) -> None:
         """End the commands that run now, and their workers, and start no others."""
+        self._is_ended = True  # at once: what interrupts the waiting below cannot start another
         with self._starting:
-            self._is_ended = True
             for group in list(self._groups):
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, PermissionError):  # the latter on macOS, where it has just ended
                     os.killpg(group, signal.SIGTERM)

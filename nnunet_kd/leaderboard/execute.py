@@ -35,7 +35,7 @@ def execute(job: Job, plan: Plan, machine: Machine, *, commands: Commands | None
         job: The job.
         plan: Where it belongs.
         machine: Where it runs.
-        commands: Those that are ended together; None ends it alone.
+        commands: Among which the job's command is ended; None where nothing here ends it.
         is_main: Of several nodes that train together, only one writes records.
 
     Returns:

@@ -226,6 +226,31 @@ def test_a_fold_that_nobody_may_train_forbids_no_planning(toy: Toy, capsys: pyte
     assert f"fold 2: 2 case(s) are both in training and validation: {CASES[0]}, {CASES[1]}" in capsys.readouterr().out
 
 
+def test_mistakes_of_all_datasets_are_listed_and_stop_the_others_too(toy: Toy) -> None:
+    toy.plan(SPLITS)
+    copies = {name: Toy(toy.raw.parent.parent) for name in ("Dataset902_Wrong", "Dataset903_Good")}
+    for name, copy in copies.items():
+        copy.raw, copy.preprocessed = (shutil.copytree(f, f.parent / name) for f in (toy.raw, toy.preprocessed))
+    block = {"tasks": TASKS}  # without the groups of before
+    wrong = [{"label": "nodule", "box": [9, 9, 3, 12]}] * 25
+    toy.write(block, good_rows(), {**good_boxes(), CASES[1]: wrong})
+    wrong_copy, good_copy = copies.values()
+    wrong_copy.write(block, [*good_rows(), "nobody,low,0,1,p0"], good_boxes())
+    good_copy.write(block, good_rows()[:-1], good_boxes())
+    tasks = dict.fromkeys(("Dataset903_Good", NAME, "Dataset902_Wrong"), Tasks.from_dataset_json({"nnunet_kd": block}))
+    files = sorted(file for file in toy.preprocessed.parent.rglob("*") if file.is_file())
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(SideFileError) as error:
+        prepare_side_files(tasks)
+    assert f"... and 5 more in {toy.raw / 'boxes.json'}" in str(error.value)
+    assert "nobody" in str(error.value)
+    assert [file.read_bytes() for file in files] == before
+    prepare_side_files({"Dataset903_Good": tasks["Dataset903_Good"]})
+    for file in ("classification.csv", "boxes.json"):
+        assert (good_copy.preprocessed / file).read_bytes() == (good_copy.raw / file).read_bytes()
+    assert json.loads((good_copy.preprocessed / "dataset.json").read_text())["nnunet_kd"] == block
+
+
 def test_a_training_fold_that_lacks_a_class_is_reported(toy: Toy) -> None:
     found = fold_problems(toy, [CASES[1], CASES[0]], [CASES[2], CASES[3]])
     assert found == []
