@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,11 @@ def test_plan_run_and_collect(make_world: Callable[[], Any], make_dataset: Calla
     written = checkpoint.stat().st_mtime_ns
     assert json.loads((fold / "nnunet_kd_settings.json").read_text())["training"]["seed"] == 5
 
+    start = time.monotonic()
     again = leaderboard("run", "-device", "cpu")
     assert "3 of 3 jobs are finished." in again
     assert "start" not in again
+    assert time.monotonic() - start < 5
     assert checkpoint.stat().st_mtime_ns == written
 
     record = json.loads((fold / "leaderboard.json").read_text())

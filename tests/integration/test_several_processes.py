@@ -36,6 +36,13 @@ import torch
 from nnunet_kd.training.student import nnUNetTrainerKDStudent
 
 class FixedBatches(nnUNetTrainerKDStudent):
+    def configure_optimizers(self):
+        self.network.double()  # else rounding, which depends on the processor, adds up over the steps
+        self.network.register_forward_pre_hook(lambda _, images: (images[0].double(),))
+        optimizer, scheduler = super().configure_optimizers()
+        self.auxiliary.double()
+        return optimizer, scheduler
+
     def get_dataloaders(self):
         super().get_dataloaders()
         return self.batches(1), self.batches(2)
@@ -241,10 +248,7 @@ def test_losses_and_weights_are_those_of_one_process(world: Any, tmp_path: Path)
     one, two = found
     terms = [f"joint.{on}{more}" for on in ("logits.kl", "features.mse") for more in ("", " weighted")]
     for key in ("train_losses", "val_losses", "mean_fg_dice", *terms):
-        first, *later = one["logging"][key]
-        assert two["logging"][key][0] == pytest.approx(first, rel=1e-5, abs=1e-6), key
-        # rounding, which depends on the processor, adds up over the steps, and single pixels may change their class
-        assert two["logging"][key][1:] == pytest.approx(later, rel=1e-2, abs=1e-6), key
+        assert two["logging"][key] == pytest.approx(one["logging"][key], rel=1e-5, abs=1e-6), key
     assert min(one["logging"]["joint.features.mse weighted"]) > 0
     for part in (lambda c: c["network_weights"], lambda c: c["nnunet_kd"]["auxiliary"]):
         for key, value in part(one).items():
