@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
@@ -158,6 +159,13 @@ def run_own_network(images: WholeImages, split: Mapping[str, Sequence[str]], bud
     member = images.member
     unet = build_stock_network(member.plans_manager, member.configuration, member.dataset_json)
     return _run_classifier(_ClassesOnly(unet, images.tasks.classification[0].name), images, split, budget, folder)
+
+
+def use_adamw(trainer: nnUNetTrainer) -> None:
+    """Let nnU-Net's trainer train with the optimizer of the networks for whole images; its schedule goes by epochs."""
+    trainer.initialize()
+    trainer.optimizer = torch.optim.AdamW(trainer.network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(trainer.optimizer, trainer.num_epochs)
 
 
 class _ClassesOnly(nn.Module):

@@ -10,7 +10,8 @@ BRAIN_TUMOUR, DEMENTIA = "Dataset316_BrainTumorBoxes", "Dataset313_AlzheimerMRI"
 COVID, STONE, LIVER = "Dataset312_COVIDCT", "Dataset323_KidneyStoneCT", "Dataset322_LiTSLiverCT2D"
 TASK_PLANS = "nnUNetKDPlans"  # the small plans with heads
 BATCH_SIZE = 4
-RESNET, OWN_NETWORK, RETINANET, COMPONENTS = "resnet18", "own_network", "retinanet", "components"
+RESNET, OWN_NETWORK, ADAMW, RETINANET = "resnet18", "own_network", "control_adamw", "retinanet"
+COMPONENTS = "components"
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,12 @@ SCENARIOS = {
         {RESNET: (BRAIN_TUMOUR, DEMENTIA), RETINANET: (BRAIN_TUMOUR,)},
     ),
     "ct2d": Scenario(
-        "2d", 912, (COVID, STONE, LIVER), (COVID, STONE), {RESNET: (COVID,), OWN_NETWORK: (COVID,), RETINANET: (STONE,)}
+        "2d",
+        912,
+        (COVID, STONE, LIVER),
+        (COVID, STONE),
+        {RESNET: (COVID,), OWN_NETWORK: (COVID,), ADAMW: (COVID,), RETINANET: (STONE,)},
     ),
     "lung3d": Scenario("3d_fullres", 913, (NODULE, HIPPOCAMPUS), (NODULE,), {RESNET: (NODULE,), COMPONENTS: (NODULE,)}),
 }
-KINDS = ("teacher", "control", "student", RESNET, OWN_NETWORK, RETINANET, COMPONENTS)
+KINDS = ("teacher", "control", "student", RESNET, OWN_NETWORK, ADAMW, RETINANET, COMPONENTS)

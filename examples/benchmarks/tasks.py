@@ -9,6 +9,7 @@ Scenarios (members of one joint teacher; every student has a control of its own)
 Alternatives, with the same training cases, steps, batch size and image size:
   resnet18    timm's, or MONAI's in 3D, from random weights on the whole image, for classes
   own_network the control's network and class head, trained as resnet18 is: is it the network or the training?
+  control_adamw  the control with that optimizer and nnU-Net's augmentation
   retinanet   torchvision's with a ResNet-18 from random weights on the whole image, for boxes in 2D
   components  nnU-Net's segmentation without further heads and its connected components, for boxes in 3D
 
@@ -50,6 +51,7 @@ from real_data import (
     write_small_plans,
 )
 from task_scenarios import (
+    ADAMW,
     BATCH_SIZE,
     COMPONENTS,
     KINDS,
@@ -145,7 +147,7 @@ def run_trainer(root: Path, run: Run, steps: int, epochs: int, settings: dict, t
     """Train and validate with the real trainer; return the seconds that training took."""
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
-    from task_baselines import write_component_boxes
+    from task_baselines import use_adamw, write_component_boxes
 
     scenario = SCENARIOS[run.scenario]
     budget = len(scenario.members) if run.kind == "teacher" else 1
@@ -163,9 +165,11 @@ def run_trainer(root: Path, run: Run, steps: int, epochs: int, settings: dict, t
     os.environ["nnUNetKD_settings"] = json.dumps({**settings, "training": training})
     dataset = joint_name(scenario) if run.kind == "teacher" else run.dataset
     plans = SMALL_PLANS if run.kind == COMPONENTS else TASK_PLANS
-    trainer_name = TRAINERS["control" if run.kind == COMPONENTS else run.kind]
+    trainer_name = TRAINERS["control" if run.kind in (ADAMW, COMPONENTS) else run.kind]
     device = torch.device("cpu")
     trainer = get_trainer_from_args(dataset, scenario.configuration, run.fold, trainer_name, plans, False, device)
+    if run.kind == ADAMW:
+        use_adamw(trainer)
     start = time.process_time()
     trainer.run_training()
     seconds = time.process_time() - start
