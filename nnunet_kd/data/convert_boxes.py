@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import yaml
-from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from numpy.typing import NDArray
 from scipy import ndimage
 from tqdm import tqdm
 
 from nnunet_kd.data.member import read_json
 from nnunet_kd.data.side_files import CaseBoxes, Problem, SideFileError
-from nnunet_kd.data.verify import RawCase, image_reader, image_size
+from nnunet_kd.data.verify import RawCase, image_reader, image_sizes
 from nnunet_kd.settings import BLOCK
 from nnunet_kd.spaces.labels import LabelSpace
 
@@ -121,23 +120,23 @@ def boxes_from_nndetection(
     names = tuple(classes) if classes is not None else _nndetection_classes(folder)
     masked = {file.name.removesuffix(".nii.gz") for file in folder.glob("*.nii.gz")}
     files = [file for file in sorted(folder.glob("*.json")) if file.name != "dataset.json"]
-    reader = image_reader(dataset_json, next(iter(cases.values())).image)
     remedy = 'Put it there; without objects it holds {"instances": {}}.'
     problems = [
         Problem(str(folder / f"{case}.json"), "", f"the file does not exist, but {case}.nii.gz does", remedy)
         for case in sorted((masked & cases.keys()) - {file.stem for file in files})
     ]
+    sizes = image_sizes(cases, dataset_json, problems, show_progress)
     found: dict[str, list[Labelled]] = {}
     small = 0
     for file in tqdm(files, "Reading instances", disable=not show_progress, leave=False):
-        if file.stem not in cases:
+        if file.stem not in sizes:
             continue
         classes_of = _instance_classes(file, len(names), problems)
         segmentation = file.with_suffix(".nii.gz")
         if not segmentation.is_file():
             problems.append(Problem(str(segmentation), "", "the file does not exist", f"It belongs to {file.name}."))
             continue
-        size = image_size(cases[file.stem].image, reader)
+        size = sizes[file.stem]
         try:
             read = sitk.GetArrayFromImage(sitk.ReadImage(str(segmentation)))
         except RuntimeError as error:  # all that SimpleITK raises
@@ -166,8 +165,7 @@ def boxes_from_nndetection(
             f"{folder} holds no CASE.json of a case of this dataset, for example {next(iter(cases))}.json."
         )
     left_out = _small(small, min_voxels) + _strangers([file.stem for file in files if file.stem not in cases])
-    dimension = len(image_size(next(iter(cases.values())).image, reader))
-    return _conversion(found, names, classes, dimension, left_out)
+    return _conversion(found, names, classes, len(next(iter(sizes.values()))), left_out)
 
 
 def boxes_from_masks(
@@ -201,12 +199,12 @@ def boxes_from_masks(
             f"There is no {folders[0].name} with segmentations: {folders[0]} does not exist. Put it there, or convert "
             f"boxes with --coco or --nndetection."
         )
-    first = next(iter(cases.values())).image
-    reader = image_reader(dataset_json, first)
-    dimension = len(image_size(first, reader))
-    if issubclass(reader, NibabelIOWithReorient):
-        reader = NibabelIO  # boxes are in the axes of the stored image
     problems: list[Problem] = []
+    sizes = image_sizes(cases, dataset_json, problems, show_progress)
+    if problems:
+        raise SideFileError.listing(problems)
+    dimension = len(next(iter(sizes.values())))
+    reader = image_reader(dataset_json, next(iter(cases.values())).image)
     found: dict[str, list[Labelled]] = {}
     small = 0
     for case, files in tqdm(cases.items(), "Reading segmentations", disable=not show_progress, leave=False):
@@ -318,7 +316,7 @@ def _coco_cases(
 ) -> dict[Any, str | None]:
     """Image id to case; None where the dataset has no such case."""
     by_file = {files.image.name: case for case, files in cases.items()}
-    reader = image_reader(dataset_json, next(iter(cases.values())).image)
+    sizes = image_sizes(cases, dataset_json, problems)
     case_of: dict[Any, str | None] = {}
     first_with: dict[Any, str] = {}
     first_of: dict[str, str] = {}
@@ -342,7 +340,9 @@ def _coco_cases(
             what = f"{image['file_name']} and {first_of[case]} are both the case {case}"
             problems.append(Problem(str(file), f"images[{index}]", what, "Leave one of them, or rename the files."))
             continue
-        size = image_size(cases[case].image, reader)
+        if case not in sizes:
+            continue
+        size = sizes[case]
         if len(size) != 2:
             raise SideFileError(f"COCO boxes are 2D, but the images of this dataset are {len(size)}D.")
         declared = (image.get("height", size[0]), image.get("width", size[1]))

@@ -14,8 +14,9 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.utils import (
     get_filenames_of_train_images_and_targets,
@@ -72,7 +73,7 @@ class Report:
         dataset: Full dataset name.
         folder: Where dataset.json was read.
         tasks: None where dataset.json cannot be understood.
-        dimension: Axes of the stored images, 2 or 3; None where nothing needs it or tells it.
+        dimension: Axes of the images, 2 (also of single slices in volumes) or 3; None where nothing needs or tells it.
         num_cases: Training cases.
         contents: One entry per target, classification first.
         num_groups: Different values of ``split_by``; None without it.
@@ -131,7 +132,7 @@ def verify_dataset(
         contents.append(own)
         presences.append(presence)
     if tasks.detection is not None:
-        sizes = _image_sizes(raw, dataset_json, problems, show_progress)
+        sizes = image_sizes(raw, dataset_json, problems, show_progress)
         dimension = dimension or next((len(size) for size in sizes.values()), None) or _planned_dimension(name)
         path = _path(name, folder, tasks.detection.file)
         own, presence = _verify_boxes(path, tasks.detection, dimension, sizes, cases, problems)
@@ -235,9 +236,19 @@ def _planned_dimension(name: str) -> int | None:
     return (2 if all(shape[0] == 1 for shape in shapes) else 3) if shapes else None
 
 
-def _image_sizes(
-    raw: Mapping[str, RawCase], dataset_json: Mapping[str, Any], problems: list[Problem], show_progress: bool
+def image_sizes(
+    raw: Mapping[str, RawCase], dataset_json: Mapping[str, Any], problems: list[Problem], show_progress: bool = True
 ) -> dict[str, tuple[int, ...]]:
+    """Voxels per axis in array order of the images of a dataset, all (z, y, x) or all (y, x).
+
+    Datasets of single slices are 2D, however many axes their files have, as they are for nnU-Net's planning.
+
+    Args:
+        raw: The images.
+        dataset_json: Content of their dataset.json.
+        problems: Collects the images that cannot be read; these are left out.
+        show_progress: Show a bar.
+    """
     if not raw:
         return {}
     try:
@@ -245,6 +256,11 @@ def _image_sizes(
     except SideFileError as error:
         problems.append(_as_problem(next(iter(raw.values())).image, error))
         return {}
+    if issubclass(reader, SimpleITKIOWithReorient | NibabelIOWithReorient):
+        what = f"its boxes are in the axes of the stored image, which {reader.__name__} turns"
+        other = reader.__name__.removesuffix("WithReorient")
+        remedy = f"Write {other} as 'overwrite_image_reader_writer' of dataset.json, or nothing."
+        problems.append(Problem(str(next(iter(raw.values())).image), "", what, remedy))
     sizes = {}
     for case, files in tqdm(raw.items(), "Reading image sizes", disable=not show_progress, leave=False):
         try:
@@ -252,6 +268,8 @@ def _image_sizes(
         except Exception as error:  # whatever a broken image makes its library raise
             what = f"the image cannot be read ({error})"
             problems.append(Problem(str(files.image), f"case {case}", what, "Replace the file."))
+    if all(len(size) == 3 and size[0] == 1 for size in sizes.values()):
+        return {case: size[1:] for case, size in sizes.items()}
     return sizes
 
 

@@ -19,6 +19,8 @@ from nnunet_kd.data.verify import image_reader
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.evaluation.metrics import Label, Segmentation, evaluate_case
 
+MADE_UP_SPACING_MM = 999  # what nnU-Net's converters of 2D images write, and its readers of them return, for z
+
 
 def foreground_classes(dataset_json: Mapping[str, Any]) -> dict[str, Label]:
     """Class names and labels (tuples for regions) of a dataset.json, without background and ignore label."""
@@ -84,7 +86,8 @@ def read_pairs(
 ) -> Iterator[tuple[str, Segmentation, Segmentation, Sequence[float], bool]]:
     """Case, reference [Z, Y, X], prediction [Z, Y, X], spacing in mm of every case, and whether its image is 2D.
 
-    Of an image that is stored as 2D Z is 1, and the spacing across it is made up by nnU-Net's readers.
+    Of an image that is stored as 2D Z is 1, and the spacing across it is made up by nnU-Net's readers; a single slice
+    that is stored with such a spacing is 2D as well.
 
     Args:
         reference_folder: Label files, ``<case><file ending>``.
@@ -115,6 +118,7 @@ def read_pairs(
         prediction, _ = _read(reader, prediction_folder / f"{case}{file_ending}")
         spacing_mm = [float(step) for step in properties["spacing"]]
         is_2d = isinstance(reader, NaturalImage2DIO) or num_axes_of(properties) == 2
+        is_2d |= len(reference) == 1 and spacing_mm[0] >= MADE_UP_SPACING_MM
         if reference.shape != prediction.shape:
             msg = (
                 f"{case}: the prediction in {prediction_folder} has shape {prediction.shape}, the reference "

@@ -270,7 +270,9 @@ def _masks(folder: Path) -> dict[str, NDArray[np.bool_]]:
     files = sorted((folder / "labelsTr").iterdir())
     if files[0].suffix == ".png":
         return {file.stem: np.array(Image.open(file)) == 1 for file in files}
-    return {file.name[:-7]: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) == 1 for file in files}
+    masks = {file.name[:-7]: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) == 1 for file in files}
+    is_flat = all(len(mask) == 1 for mask in masks.values())
+    return {case: mask[0] for case, mask in masks.items()} if is_flat else masks
 
 
 @pytest.fixture(scope="session")

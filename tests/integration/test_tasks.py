@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from PIL import Image
 
@@ -220,6 +221,31 @@ def test_volumes(planned: Any) -> None:
     planned.train(13, "Control", "-p", "nnUNetKDPlansSmall", settings={**SETTINGS, "tasks": {"balance": "loss"}})
     validation = control(planned, VOLUMES, "3d_fullres") / "fold_0" / "validation"
     assert {"boxes.json", "classification.csv", "summary.json"} <= {file.name for file in validation.iterdir()}
+
+
+def test_single_slices_in_files_of_volumes_are_2d(
+    make_world: Callable[[], Any],
+    make_dataset: Callable[..., Path],
+    write_side_files: Callable[[Path], None],
+    tmp_path: Path,
+) -> None:
+    world = make_world()
+    block = {"nnunet_kd": {"tasks": {"segmentation": True, "classification": SIZES, "detection": LESIONS}}}
+    raw = make_dataset(world.raw, 14, "Slices", num_cases=5, num_test_cases=1, shape=(1, 36, 40), extra=block)
+    write_side_files(raw)
+    assert "2D, 5 cases" in world.run("nnUNetKD_verify", "-d", "14")
+    world.plan("-d", "14", "-c", "2d")
+    world.run("nnUNetKD_plan_student", "-d", "14", "--width", "0.25", "-plans_name", "nnUNetKDPlansSmall")
+    world.train(14, "Control", "-p", "nnUNetKDPlansSmall", configuration="2d", settings=SETTINGS)
+    model = control(world, "Dataset014_Slices")
+    detection = read(model / "plans.json")["configurations"]["2d"]["architecture"]["arch_kwargs"]["detection"]
+    assert len(detection["anchors"][0][0]) == 2
+    summary = read(model / "fold_0" / "validation" / "summary.json")["nnunet_kd"]
+    assert summary["detection"]["num_images"] == 1
+    world.run("nnUNetKD_predict", "-m", model, "-i", raw / "imagesTs", "-o", tmp_path, "-device", "cpu")
+    predicted = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "slices_005.nii.gz")))
+    assert predicted.shape == (1, 36, 40)
+    assert set(read(tmp_path / "boxes.json")) == {"slices_005"}
 
 
 def test_tasks_that_are_declared_later_get_heads_which_then_stay(planned: Any, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_components_are_those_of_a_flood_fill(dimension: int, seed: int, density
     assert found == {frozenset(component) for component in flood_fill(mask)}
 
 
-@pytest.mark.parametrize("shape", [(20, 30), (6, 12, 14)])
+@pytest.mark.parametrize("shape", [(20, 30), (1, 20, 30), (6, 12, 14)])
 def test_every_component_of_every_label_gets_its_box(raw: Path, shape: tuple[int, ...]) -> None:
     random = np.random.default_rng(0)
     masks = {f"c{index}": random.choice(3, shape, p=[0.9, 0.06, 0.04]).astype(np.uint8) for index in range(3)}
@@ -103,7 +103,7 @@ def test_every_component_of_every_label_gets_its_box(raw: Path, shape: tuple[int
         expected: dict[str, list[tuple[str, list[float]]]] = {case: [] for case in masks}
         small = 0
         for case, name in itertools.product(masks, ("edge", "core")):
-            for component in flood_fill(masks[case] == LABELS[name]):
+            for component in flood_fill(masks[case].squeeze() == LABELS[name]):  # single slices are 2D
                 voxels = np.array(component, dtype=float)
                 corners = [*voxels.min(axis=0)[::-1], *(voxels.max(axis=0)[::-1] + 1)]
                 if len(component) >= min_voxels:
@@ -183,6 +183,15 @@ def test_coco_boxes_become_corners_of_the_right_cases(tmp_path: Path, flat: Any)
     assert all(text in left_out for text in ("1 image(s)", "elsewhere.png", "1 annotation(s) with iscrowd", "never"))
     conversion = boxes_from_coco(coco(tmp_path), *flat, ["cyst"])
     assert plain(conversion) == {"a": [("cyst", [2, 3.5, 12, 7.5])], "a_0001": [], "b": []}
+
+
+def test_coco_boxes_fit_single_slices_in_files_of_volumes(tmp_path: Path, raw: Path) -> None:
+    folder, dataset_json = dataset(raw, {case: np.zeros((1, 20, 30), dtype=np.uint8) for case in ("a", "b")})
+    images = [{"id": 7, "file_name": "a_0000.nii.gz", "width": 30, "height": 20}]
+    annotations = [{"image_id": 7, "category_id": 1, "bbox": [2, 3.5, 10, 4]}]
+    file = coco(tmp_path, images=images, annotations=annotations)
+    conversion = boxes_from_coco(file, raw_cases(folder, dataset_json), dataset_json)
+    assert plain(conversion) == {"a": [("cyst", [2, 3.5, 12, 7.5])]}
 
 
 def test_all_that_is_wrong_in_a_coco_file_is_named(tmp_path: Path, flat: Any) -> None:
@@ -291,6 +300,16 @@ def test_instances_get_the_box_of_their_voxels_and_the_class_of_the_json(tmp_pat
     conversion = boxes_from_nndetection(folder, *volumes, ["x", "y"], min_voxels=2, show_progress=False)
     assert plain(conversion) == {"a": [("y", box) for _, box in holes], "b": []}
     assert conversion.classes == ("x", "y")
+
+
+def test_a_case_of_one_slice_among_volumes_has_boxes_of_volumes(tmp_path: Path, raw: Path) -> None:
+    folder, dataset_json = dataset(raw, {"a": np.zeros((1, 9, 9), np.uint8), "b": np.zeros((4, 9, 9), np.uint8)})
+    image = np.zeros((1, 9, 9), dtype=np.uint8)
+    image[0, 2:5, 4:9] = 1
+    instances(tmp_path, "a", image, {"1": 0})
+    labels = tmp_path / "raw_splitted" / "labelsTr"
+    conversion = boxes_from_nndetection(labels, raw_cases(folder, dataset_json), dataset_json, ["x"], 1, False)
+    assert plain(conversion) == {"a": [("x", [4, 2, 0, 9, 5, 1])]}
 
 
 def test_all_that_is_wrong_in_nndetection_files_is_named(tmp_path: Path, volumes: Any) -> None:

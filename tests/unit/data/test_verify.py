@@ -311,6 +311,35 @@ def test_image_sizes_are_those_that_the_readers_return(tmp_path: Path) -> None:
         assert image_size(tmp_path / file, reader) == size == tuple(images.shape[1:])[-len(size) :]
 
 
+def test_single_slices_in_files_of_volumes_have_boxes_in_2d(toy: Toy) -> None:
+    for file in (toy.raw / "imagesTr").iterdir():
+        slices = np.array(Image.open(file))[None]
+        sitk.WriteImage(sitk.GetImageFromArray(slices), str(file).replace(".png", ".nii.gz"))
+        file.unlink()
+    dataset_json = json.loads((toy.raw / "dataset.json").read_text())
+    (toy.raw / "dataset.json").write_text(json.dumps({**dataset_json, "file_ending": ".nii.gz"}))
+    toy.write({"tasks": TASKS, "split_by": "patient"}, good_rows(), good_boxes())
+    report = verify_dataset(NAME, show_progress=False)
+    assert (report.dimension, report.problems) == (2, ())
+    toy.write({"tasks": TASKS}, good_rows(), {**good_boxes(), CASES[3]: [{"label": "nodule", "box": [0, 0, 41, 36]}]})
+    (problem,) = toy.problems()
+    assert "x goes from 0 to 41, but the image from 0 to 40" in str(problem)
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIOWithReorient", "NibabelIOWithReorient"])
+def test_boxes_are_refused_where_a_reader_turns_the_images(toy: Toy, reader: str) -> None:
+    for file in (toy.raw / "imagesTr").iterdir():
+        volume = np.stack([np.array(Image.open(file))] * 3)
+        sitk.WriteImage(sitk.GetImageFromArray(volume), str(file).replace(".png", ".nii.gz"))
+        file.unlink()
+    dataset_json = json.loads((toy.raw / "dataset.json").read_text())
+    dataset_json |= {"file_ending": ".nii.gz", "overwrite_image_reader_writer": reader}
+    (toy.raw / "dataset.json").write_text(json.dumps(dataset_json))
+    toy.write({"tasks": {"detection": TASKS["detection"]}}, [], {})
+    what = [problem.what for problem in toy.problems() if "turns" in problem.what]
+    assert what == [f"its boxes are in the axes of the stored image, which {reader} turns"]
+
+
 def test_cases_may_be_listed_in_dataset_json(toy: Toy) -> None:
     dataset_json = json.loads((toy.raw / "dataset.json").read_text())
     found = raw_cases(toy.raw, dataset_json)

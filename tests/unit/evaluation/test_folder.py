@@ -97,15 +97,19 @@ def test_2d_images(tmp_path: Path) -> None:
     assert rows["volume_error_ml"].isna().all()  # the readers make up the third spacing
 
 
-@pytest.mark.parametrize("is_2d", [True, False])
-def test_a_2d_image_has_no_volume_and_a_single_slice_has(tmp_path: Path, is_2d: bool) -> None:
+@pytest.mark.parametrize(
+    ("spacing", "volume_error_ml"), [((0.5, 0.5), np.nan), ((999.0, 0.5, 0.5), np.nan), ((4.0, 0.5, 0.5), 0.001)]
+)
+def test_a_2d_image_has_no_volume_and_a_single_slice_has(
+    tmp_path: Path, spacing: tuple[float, ...], volume_error_ml: float
+) -> None:
     for folder, size in (("labels", 2), ("predicted", 3)):
-        array = np.zeros((8, 9) if is_2d else (1, 8, 9), int)
+        array = np.zeros((8, 9) if len(spacing) == 2 else (1, 8, 9), int)
         array[..., :size, 0] = 1
-        write_volume(tmp_path / folder / "x.nii.gz", array, (0.5, 0.5) if is_2d else (4.0, 0.5, 0.5))
+        write_volume(tmp_path / folder / "x.nii.gz", array, spacing)
     description = {"labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz", "channel_names": {"0": "T1"}}
     rows = evaluate_folder(tmp_path / "labels", tmp_path / "predicted", description, show_progress=False)
-    assert rows["volume_error_ml"].tolist() == pytest.approx([np.nan if is_2d else 0.001], nan_ok=True)
+    assert rows["volume_error_ml"].tolist() == pytest.approx([volume_error_ml], nan_ok=True)
 
 
 @pytest.mark.parametrize("case", ["a", "b"])
