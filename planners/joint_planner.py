@@ -18,10 +18,10 @@ import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from nnunet_kd.data.folds import planned_splits
+from nnunet_kd.data.folds import divided_groups, planned_splits
 from nnunet_kd.data.joint import TASK_HEADS, HeadEntry, JointDataset, MemberEntry
 from nnunet_kd.data.member import Member
-from nnunet_kd.data.splits import join_splits
+from nnunet_kd.data.splits import Split, join_splits, split_key
 from nnunet_kd.environment import environment
 from nnunet_kd.errors import JointDatasetError
 from nnunet_kd.files import write_json
@@ -146,7 +146,23 @@ def plan_joint(
     write_json(folder / "splits_final.json", joint_splits)
     write_json(folder / "dataset_fingerprint.json", _fingerprint(first))
     write_json(folder / f"{plans_name}.json", plans)
+    _warn_of_divided_groups(name, joint_splits, first)
     return joint, plans_of
+
+
+def _warn_of_divided_groups(name: str, joint_splits: Sequence[Split], members: Mapping[str, Member]) -> None:
+    """Print which joint folds the teacher will refuse; a member with fewer folds gives random ones for the others."""
+    for member, view in members.items():
+        divided = []
+        for fold, split in enumerate(joint_splits):
+            pairs = {side: [split_key(key) for key in keys] for side, keys in split.items()}
+            if divided_groups(view, {side: [case for m, case in own if m == member] for side, own in pairs.items()}):
+                divided.append(str(fold))
+        if divided:
+            print(
+                f"WARNING: fold(s) {', '.join(divided)} of {name} divide groups of {member} and cannot be trained. Add "
+                f"them to {view.splits_file}, or correct them there, and run this command again."
+            )
 
 
 def plan_teacher(

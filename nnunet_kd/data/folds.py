@@ -102,11 +102,18 @@ def keep_groups_together(member: Member, fold: int | str) -> None:
             f"{member.splits_file} has no fold {fold}, only 0 to {len(splits) - 1}, and nnU-Net's random one would "
             f"divide values of '{tasks.split_by}'. Train one of them, or add the fold to the file."
         )
-    groups = read_groups(side_file(member.name, tasks.groups_file), tasks.split_by)
-    shared = shared_groups(groups, splits[int(fold)])
+    shared = divided_groups(member, splits[int(fold)])
     if shared:
         raise JointDatasetError(
             f"Fold {fold} of {member.splits_file} has {len(shared)} value(s) of '{tasks.split_by}' both in training "
             f"and in validation: {some(shared)}. Move the file away and train again, which makes folds by group; or "
             f"remove 'split_by' from dataset.json."
         )
+
+
+def divided_groups(member: Member, split: Split) -> list[str]:
+    """Values of the member's ``split_by`` on both sides of a fold; none where it declares none."""
+    tasks = Tasks.from_dataset_json(member.dataset_json)
+    if tasks.split_by is None:
+        return []
+    return shared_groups(read_groups(side_file(member.name, tasks.groups_file), tasks.split_by), split)

@@ -82,8 +82,9 @@ class TaskDataset:
     def load_case(self, identifier: str) -> Case:
         """The stock case; with boxes its segmentation is an :class:`InstanceMap`.
 
-        ``class_locations``, around which nnU-Net crops where a sample must have foreground, are places in the boxes of
-        each class where the case has boxes; else the stock ones; none where the segmentation is a dummy.
+        ``class_locations``, around which nnU-Net crops where a sample must have foreground: where the case has boxes,
+        places in the boxes of each class take the place of the voxels of that class in the segmentation; those of
+        other labels stay. None but boxes where the segmentation is a dummy.
         """
         image, segmentation, previous, properties = self.dataset.load_case(identifier)
         locations = properties["class_locations"]
@@ -94,7 +95,9 @@ class TaskDataset:
             boxes = to_preprocessed(case_boxes.boxes, properties, self.transpose_forward, segmentation.shape[1:])
             segmentation = InstanceMap(segmentation, boxes, case_boxes.labels, self.mask_values)
             if len(segmentation) > 0:
-                locations = _annotated(locations) | _places(segmentation)
+                boxed = {value for values in self.mask_values for value in values}
+                others = {key: voxels for key, voxels in locations.items() if not boxed.issuperset(_values(key))}
+                locations = others | _places(segmentation)
         return image, segmentation, previous, {**properties, "class_locations": locations}
 
     def batch_labels(self, identifiers: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -218,9 +218,12 @@ class TaskTrainer(KDTrainer):
     def log_joint_score(self) -> None:
         """Log what chooses ``checkpoint_best``; as long as no score was defined, the newest epoch is the best."""
         score = self.latest_scores.joint()
-        if np.isnan(score):
+        averages = self.logger.local_logger.my_fantastic_logging["ema_fg_dice"]
+        starts = not averages or np.isnan(averages[-1])
+        self.logger.log("mean_fg_dice", float(score), self.current_epoch)  # of which nnU-Net logs the average
+        if starts:
+            averages[-1] = float(score)
             self._best_ema = None
-        self.logger.log("mean_fg_dice", float(np.nan_to_num(score)), self.current_epoch)
         self.print_to_log_file(f"Joint score {score:.4f}; checkpoint_best follows its EMA, which is called pseudo Dice")
 
     def gathered(self, own: Any) -> list[Any]:

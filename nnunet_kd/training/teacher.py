@@ -25,10 +25,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_kd.data.augmenters import augmenters
+from nnunet_kd.data.folds import divided_groups
 from nnunet_kd.data.joint import JointDataset, changes
 from nnunet_kd.data.joint_network import build_joint_network
 from nnunet_kd.data.loader import JointLoader, MapLabelsTransform, PadToMultipleTransform, member_probabilities
 from nnunet_kd.data.member import Member, read_json
+from nnunet_kd.data.splits import some
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.environment import environment, replaced
 from nnunet_kd.errors import JointDatasetError
@@ -124,6 +126,13 @@ class nnUNetTrainerKDTeacher(TaskTrainer):
         for name, (training, validation) in self.splits.items():
             if not training or not validation:
                 raise JointDatasetError(f"{name} has no cases in fold {self.fold} of {self.joint.splits_file}.")
+            divided = divided_groups(self.members[name], {"train": training, "val": validation})
+            if divided and self.fold != "all":
+                raise JointDatasetError(
+                    f"Fold {self.fold} of {self.joint.name} has {len(divided)} value(s) of {name}'s 'split_by' both in "
+                    f"training and in validation: {some(divided)}. Train a fold that {self.members[name].splits_file} "
+                    f"has, or correct that file or add the fold to it, and plan the joint dataset again."
+                )
         self._refuse_merged_labels_in_cascade()
         self.probabilities = member_probabilities(
             {name: len(training) for name, (training, _) in self.splits.items()}, self.settings.sampling_exponent

@@ -183,6 +183,26 @@ def test_only_segmentations_are_exported(trained: Any, tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+def test_folds_that_divide_groups_of_a_member_are_warned_of_and_refused(planned: Any, tmp_path: Path) -> None:
+    world = planned.copy(tmp_path)
+    splits_file = world.preprocessed / BOXES / "splits_final.json"
+    splits_file.write_text(json.dumps(read(splits_file)[:1]))  # the others have five
+    output = world.plan("-d", "21", "22", "23", "24", "--joint", "920", "-c", "2d", "--width", "0.25")
+    patient = {case: row["patient"] for case, row in rows_of(world.raw / BOXES / "classification.csv").items()}
+    divided = []
+    for fold, split in enumerate(read(world.preprocessed / JOINT / "splits_final.json")):
+        sides = [{patient.get(key.removeprefix(f"{BOXES}/")) for key in split[side]} for side in ("train", "val")]
+        divided += [fold] if (sides[0] & sides[1]) - {None} else []
+    assert divided
+    assert 0 not in divided
+    assert f"WARNING: fold(s) {', '.join(map(str, divided))} of {JOINT} divide groups of {BOXES}" in output
+    arguments = {"configuration": "2d", "settings": SETTINGS, "fold": divided[0], "check": False}
+    output = world.train(920, "Teacher", "-p", "nnUNetKDPlans", **arguments)
+    assert f"Fold {divided[0]} of {JOINT} has" in output
+    assert f"{BOXES}'s 'split_by' both in training and in validation" in output
+    shutil.rmtree(tmp_path)
+
+
 def test_planning_again_changes_nothing(trained: Any, tmp_path: Path) -> None:
     world = trained.copy(tmp_path)
     file = world.preprocessed / JOINT / "nnUNetKDPlans.json"

@@ -183,6 +183,7 @@ def test_folds_that_cannot_be_learned_are_warned_of_and_those_that_divide_groups
     assert warning in read(fold / "validation" / "summary.json")["nnunet_kd"]["notes"]
     best = torch.load(fold / "checkpoint_best.pth", weights_only=False)
     assert best["current_epoch"] == 2  # AUROC was never defined, so the newest epoch is taken
+    assert np.isnan(best["logging"]["mean_fg_dice"]).all()
     (folder / "splits_final.json").write_text(json.dumps([{"train": [rows[0]["case"]], "val": [rows[1]["case"]]}]))
     divided = patient[rows[0]["case"]] == patient[rows[1]["case"]]
     assert divided, "the first two cases are of one patient"

@@ -34,6 +34,7 @@ LABELS = {"background": 0, "lesion": 1, "organ": 2}
 GRADE = ClassificationTarget("grade", "classification.csv", ("grade",), ("II", "III"), multilabel=False)
 DETECTION = DetectionTarget("boxes.json", ("lesion", "cyst"))
 ALL_TASKS = Tasks(classification=(GRADE,), detection=DETECTION)
+NO_MASKS = Tasks(segmentation=False, classification=(GRADE,), detection=DETECTION)
 PATCH = {2: (24, 20), 3: (12, 16, 14)}
 SHAPE = {2: (1, 44, 38), 3: (18, 26, 24)}
 
@@ -238,7 +239,7 @@ def test_a_batch_carries_only_what_there_is(
 def test_crops_with_foreground_have_a_box(folder: Callable[[int], Path], dimension: int) -> None:
     """Also a small box in a large case, which random crops miss."""
     boxes = {"a": case_boxes(dimension)["b"]}
-    dataset = task_dataset(folder(dimension), dimension, boxes=boxes)
+    dataset = task_dataset(folder(dimension), dimension, NO_MASKS, boxes=boxes)
     dataset.dataset.identifiers = ["a"]
     values = arguments(dataset, dimension, oversample=1.0)
     values["patch_size"] = values["final_patch_size"] = (8,) * dimension
@@ -251,7 +252,7 @@ def test_crops_with_foreground_have_a_box(folder: Callable[[int], Path], dimensi
 
 
 def test_places_are_in_the_boxes_and_equally_many_per_box(folder: Callable[[int], Path]) -> None:
-    dataset = task_dataset(folder(3), 3)
+    dataset = task_dataset(folder(3), 3, NO_MASKS)
     _, instances, _, properties = dataset.load_case("a")
     locations = properties["class_locations"]
     assert list(locations) == ["boxes of class 0", "boxes of class 1"]
@@ -270,8 +271,14 @@ def test_places_are_in_the_boxes_and_equally_many_per_box(folder: Callable[[int]
 def test_without_a_box_the_stock_places_are_used_and_none_of_a_dummy(folder: Callable[[int], Path]) -> None:
     stock = nnUNetDatasetBlosc2(str(folder(3))).load_case("d")[3]["class_locations"]
     assert_equal(task_dataset(folder(3), 3).load_case("d")[3]["class_locations"], stock)
-    no_masks = Tasks(segmentation=False, classification=(GRADE,), detection=DETECTION)
-    assert task_dataset(folder(3), 3, no_masks).load_case("d")[3]["class_locations"] == {}
+    assert task_dataset(folder(3), 3, NO_MASKS).load_case("d")[3]["class_locations"] == {}
+
+
+def test_labels_that_are_not_boxed_keep_their_places(folder: Callable[[int], Path]) -> None:
+    stock = nnUNetDatasetBlosc2(str(folder(3))).load_case("a")[3]["class_locations"]
+    locations = task_dataset(folder(3), 3).load_case("a")[3]["class_locations"]
+    assert list(locations) == [2, "boxes of class 0", "boxes of class 1"]  # label 1, the lesion, is boxed
+    assert_equal(locations[2], stock[2])
 
 
 def test_an_ignore_label_keeps_its_places(folder: Callable[[int], Path]) -> None:
@@ -284,7 +291,7 @@ def test_an_ignore_label_keeps_its_places(folder: Callable[[int], Path]) -> None
         return *arrays, {**properties, "class_locations": properties["class_locations"] | {key: np.zeros((1, 4), int)}}
 
     dataset.dataset.load_case = with_ignore
-    assert list(dataset.load_case("a")[3]["class_locations"]) == [key, "boxes of class 0", "boxes of class 1"]
+    assert list(dataset.load_case("a")[3]["class_locations"]) == [2, key, "boxes of class 0", "boxes of class 1"]
     values = arguments(dataset, 3) | {"label_manager": LabelManager({**LABELS, "ignore": 3}, None)}
     assert len(batches(TaskLoader(**values), 3)) == 3
 
