@@ -52,13 +52,13 @@ def prepare_source(source: str, steps: StockSteps, configurations: Sequence[str]
         JointDatasetError: Its plans have no such configuration.
         NotImplementedError: A configuration is the second stage of a cascade.
     """
-    tasks = declared_tasks(source)
-    if not tasks.segmentation:
+    tasks = declared_tasks([source])
+    if not tasks[source].segmentation:
         raise AdaptationError(
             f"The source {source} has no masks (tasks.segmentation is false in its dataset.json), so there is nothing "
             f"to adapt. Name a dataset with segmentations after -source."
         )
-    prepare_side_files({source: tasks})
+    prepare_side_files(tasks)
     prepare_member(source, steps, ())
     members = [Member(source, steps.plans_name, configuration) for configuration in configurations]
     if any(member.configuration_manager.previous_stage_name is not None for member in members):

@@ -75,7 +75,7 @@ def plan_and_preprocess(arguments: Sequence[str] | None = None) -> None:
             "a narrower student with: nnUNetKD_plan_student -d ID -p nnUNetKDPlans --width W -plans_name NAME"
         )
     heads = read_heads(args.heads, members)
-    tasks = {member: declared_tasks(member) for member in members}
+    tasks = declared_tasks(members)
     for member in members:
         check_planner(member, members_plans, args.pl)
         check_member_plans(member, members_plans, args.plans_name)
@@ -133,7 +133,7 @@ def plan_student(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-plans_name", required=True, help="Name of the new plans, for example nnUNetKDPlansW50")
     args = parser.parse_args(arguments)
     dataset = dataset_name(args.d)
-    prepare_side_files({dataset: declared_tasks(dataset)})
+    prepare_side_files(declared_tasks([dataset]))
     path = write_student_plans(
         dataset,
         args.p,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from nnunet_kd.data.box_geometry import clip, to_preprocessed
 from nnunet_kd.data.folds import planned_splits
 from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.data.side_files import SideFileError, read_boxes, side_file
-from nnunet_kd.data.tasks import Tasks
+from nnunet_kd.data.tasks import TaskError, Tasks
 from nnunet_kd.data.verify import FOLD_REMEDIES, verify_dataset
 from nnunet_kd.environment import environment
 from nnunet_kd.files import replacing, write_json
@@ -33,17 +33,23 @@ from nnunet_kd.tasks.detection_plan import neighbour_overlaps, plan_detection
 STAND_IN_LABELS = {"background": 0, "whole_image": 1}
 
 
-def declared_tasks(name: str) -> Tasks:
-    """The tasks that a dataset declares in its dataset.json, the raw one first.
+def declared_tasks(names: Sequence[str]) -> dict[str, Tasks]:
+    """The tasks that datasets declare in their dataset.json, the raw one first, by full name.
 
     Raises:
         JointDatasetError: There is no dataset.json.
-        TaskError: It declares tasks in a form that is not allowed.
+        SideFileError: Tasks are declared in a form that is not allowed; lists all that is wrong with the datasets.
     """
-    raw = Path(str(nnUNet_raw)) / name if nnUNet_raw.is_set() else None
-    folder = raw if raw is not None and (raw / "dataset.json").is_file() else Path(str(nnUNet_preprocessed)) / name
-    remedy = "Put a correct dataset.json there, or check the dataset's id."
-    return Tasks.from_dataset_json(read_json(folder / "dataset.json", remedy))
+    tasks = {}
+    for name in names:
+        raw = Path(str(nnUNet_raw)) / name if nnUNet_raw.is_set() else None
+        folder = raw if raw is not None and (raw / "dataset.json").is_file() else Path(str(nnUNet_preprocessed)) / name
+        remedy = "Put a correct dataset.json there, or check the dataset's id."
+        with suppress(TaskError):
+            tasks[name] = Tasks.from_dataset_json(read_json(folder / "dataset.json", remedy))
+    if len(tasks) < len(set(names)):
+        _refuse_problems(names)
+    return tasks
 
 
 def prepare_side_files(tasks: Mapping[str, Tasks]) -> None:
@@ -56,17 +62,22 @@ def prepare_side_files(tasks: Mapping[str, Tasks]) -> None:
         SideFileError: Lists everything that is wrong in them; nothing is written then.
     """
     with_files = [name for name, own in tasks.items() if _has_side_files(own)]
-    reports = [verify_dataset(name, show_progress=False, check_copies=False) for name in with_files]
+    _refuse_problems(with_files)
+    for name in tasks:
+        _refresh_declaration(name)
+    for name in with_files:
+        _copy_side_files(name, tasks[name])
+
+
+def _refuse_problems(names: Sequence[str]) -> None:
+    """Raise SideFileError with all that is wrong with these datasets; what is wrong with single folds is printed."""
+    reports = [verify_dataset(name, show_progress=False, check_copies=False) for name in names]
     problems = [problem for report in reports for problem in report.problems]
     fatal = [problem for problem in problems if problem.remedy not in FOLD_REMEDIES]
     if fatal:
         raise SideFileError.listing(fatal)
     for problem in problems:
         print(f"WARNING: {problem}")
-    for name in tasks:
-        _refresh_declaration(name)
-    for name in with_files:
-        _copy_side_files(name, tasks[name])
 
 
 def _has_side_files(tasks: Tasks) -> bool:

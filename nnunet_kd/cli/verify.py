@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from nnunet_kd.cli.errors import clear_errors
+from nnunet_kd.errors import NnUNetKDError
 
 if TYPE_CHECKING:
     from nnunet_kd.data.tasks import Tasks
@@ -29,11 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nnunet_kd.data.member import dataset_name
     from nnunet_kd.data.verify import verify_dataset
 
-    found = False
-    for name in [dataset_name(entry) for entry in args.d]:
-        report = verify_dataset(name, show_progress=not args.disable_progress_bar)
+    found, errors = False, []
+    for entry in args.d:
+        try:
+            report = verify_dataset(dataset_name(entry), show_progress=not args.disable_progress_bar)
+        except NnUNetKDError as error:
+            errors.append(str(error))
+            continue
         print("\n".join(_lines(report)))
         found = found or bool(report.problems)
+    if errors:
+        raise NnUNetKDError("\n".join(errors))
     if found:
         sys.exit(1)
 

@@ -65,6 +65,7 @@ def boxes_from_coco(
         raise SideFileError(f"{file} is not a COCO json: it must hold the lists of objects {', '.join(parts)}.")
     problems: list[Problem] = []
     left_out: list[str] = []
+    _check_coco_ids(file, content)
     name_of = _coco_names(file, content["categories"], problems)
     _check_classes(classes, list(name_of.values()))
     case_of = _coco_cases(file, content["images"], cases, dataset_json, problems, left_out)
@@ -293,6 +294,20 @@ def _strangers(names: Sequence[str]) -> list[str]:
 # --- COCO -------------------------------------------------------------------------------------------------------------
 def _is_list_of_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def _check_coco_ids(file: Path, content: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Raise SideFileError with all ids that are neither numbers nor texts."""
+    ids = {"images": ("id",), "categories": ("id",), "annotations": ("image_id", "category_id")}
+    problems = [
+        Problem(str(file), f"{part}[{index}]", f"'{key}' is {entry[key]!r}", "Write a number or a text.")
+        for part, keys in ids.items()
+        for index, entry in enumerate(content[part])
+        for key in keys
+        if not isinstance(entry.get(key), int | str | None)
+    ]
+    if problems:
+        raise SideFileError.listing(problems)
 
 
 def _coco_names(file: Path, categories: Sequence[Any], problems: list[Problem]) -> dict[Any, str]:

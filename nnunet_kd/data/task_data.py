@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nnunet_kd.data.class_sampling import case_probabilities
 from nnunet_kd.data.folds import Presence
-from nnunet_kd.data.side_files import CaseBoxes, read_boxes, read_labels, side_file
+from nnunet_kd.data.side_files import CaseBoxes, Problem, SideFileError, read_boxes, read_labels, side_file
 from nnunet_kd.data.splits import read_groups
 from nnunet_kd.data.task_loader import TaskDataset, TaskLoader
 from nnunet_kd.data.tasks import Tasks
@@ -45,12 +45,16 @@ class TaskData:
             dimension: Of the boxes, 2 or 3.
 
         Raises:
-            SideFileError: A file is missing, or lists all that is wrong in it.
+            SideFileError: A file is missing, or lists all that is wrong in labels and boxes.
         """
-        labels = {target.name: read_labels(side_file(dataset, target.file), target) for target in tasks.classification}
+        problems: list[Problem] = []
+        targets = tasks.classification
+        labels = {target.name: read_labels(side_file(dataset, target.file), target, problems) for target in targets}
         boxes = groups = None
         if tasks.detection is not None:
-            boxes = read_boxes(side_file(dataset, tasks.detection.file), tasks.detection, dimension)
+            boxes = read_boxes(side_file(dataset, tasks.detection.file), tasks.detection, dimension, problems)
+        if problems:
+            raise SideFileError.listing(problems)
         if tasks.split_by is not None:
             groups = read_groups(side_file(dataset, tasks.groups_file), tasks.split_by)
         return cls(tasks, labels, boxes, groups)

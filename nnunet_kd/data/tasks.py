@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
@@ -75,27 +76,44 @@ class Tasks:
         """Read ``nnunet_kd.tasks`` and ``nnunet_kd.split_by``; without them a dataset is segmentation only.
 
         Raises:
-            TaskError: A key or value has another form than the allowed one, or no task is left.
+            TaskError: Keys or values have another form than the allowed one, one per line, or no task is left.
         """
-        block = _object(dataset_json.get(BLOCK, {}), BLOCK, '{"tasks": {...}, "split_by": COLUMN}')
-        tasks = _object(
-            block.get("tasks", {}), "tasks", '{"segmentation": true, "classification": ..., "detection": ...}'
-        )
-        _known_keys(tasks, "tasks", ("segmentation", "classification", "detection"))
-        segmentation = tasks.get("segmentation", True)
+        wrong: list[TaskError] = []
+        tasks = cls.understood(dataset_json, wrong)
+        if wrong:
+            raise TaskError("\n".join(map(str, wrong)))
+        return tasks
+
+    @classmethod
+    def understood(cls, dataset_json: Mapping[str, Any], wrong: list[TaskError]) -> Tasks:
+        """As :meth:`from_dataset_json`, but what has another form is collected in ``wrong`` and left out."""
+        block: Mapping[str, Any] = {}
+        tasks: Mapping[str, Any] = {}
+        with _collecting(wrong):
+            block = _object(dataset_json.get(BLOCK, {}), BLOCK, '{"tasks": {...}, "split_by": COLUMN}')
+        with _collecting(wrong):
+            form = '{"segmentation": true, "classification": ..., "detection": ...}'
+            tasks = _object(block.get("tasks", {}), "tasks", form)
+        with _collecting(wrong):
+            _known_keys(tasks, "tasks", ("segmentation", "classification", "detection"))
+        segmentation, split_by = tasks.get("segmentation", True), block.get("split_by")
         if not isinstance(segmentation, bool):
-            raise TaskError(_wrong("tasks.segmentation", segmentation, "true or false"))
-        split_by = block.get("split_by")
+            wrong.append(TaskError(_wrong("tasks.segmentation", segmentation, "true or false")))
         if split_by is not None and not _is_name(split_by):
-            raise TaskError(_wrong("split_by", split_by, f"the name of a column of {CLASSIFICATION_FILE}"))
-        classification = _classification(tasks["classification"]) if "classification" in tasks else ()
-        detection = _detection(tasks["detection"]) if "detection" in tasks else None
-        if not segmentation and not classification and detection is None:
-            raise TaskError(
-                f"dataset.json declares no task: {BLOCK}.tasks.segmentation is false and there is neither "
-                f"'classification' nor 'detection'. Declare one, for example \"detection\": {DETECTION}."
+            wrong.append(TaskError(_wrong("split_by", split_by, f"the name of a column of {CLASSIFICATION_FILE}")))
+            split_by = None
+        classification = _classification(tasks["classification"], wrong) if "classification" in tasks else ()
+        detection = None
+        with _collecting(wrong):
+            detection = _detection(tasks["detection"]) if "detection" in tasks else None
+        if not wrong and not segmentation and not classification and detection is None:
+            wrong.append(
+                TaskError(
+                    f"dataset.json declares no task: {BLOCK}.tasks.segmentation is false and there is neither "
+                    f"'classification' nor 'detection'. Declare one, for example \"detection\": {DETECTION}."
+                )
             )
-        return cls(segmentation, classification, detection, split_by)
+        return cls(segmentation is not False, classification, detection, split_by)
 
     @property
     def is_segmentation_only(self) -> bool:
@@ -138,21 +156,30 @@ class Tasks:
         return self.classification[0].file if self.classification else CLASSIFICATION_FILE
 
 
-def _classification(value: Any) -> tuple[ClassificationTarget, ...]:
+@contextmanager
+def _collecting(wrong: list[TaskError]) -> Iterator[None]:
+    try:
+        yield
+    except TaskError as error:
+        wrong.append(error)
+
+
+def _classification(value: Any, wrong: list[TaskError]) -> tuple[ClassificationTarget, ...]:
     key = "tasks.classification"
     entries = value if isinstance(value, list) else [value]
     if not entries:
-        raise TaskError(_wrong(key, value, CLASSIFICATION_FORM))
-    targets = tuple(
-        _target(entry, f"{key}[{index}]" if isinstance(value, list) else key) for index, entry in enumerate(entries)
-    )
-    names = [target.name for target in targets]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise TaskError(
-            f"{BLOCK}.{key} in dataset.json has several targets named '{repeated[0]}'. Give each a \"name\" of its own."
-        )
-    return targets
+        wrong.append(TaskError(_wrong(key, value, CLASSIFICATION_FORM)))
+    targets: dict[str, ClassificationTarget] = {}
+    for index, entry in enumerate(entries):
+        with _collecting(wrong):
+            target = _target(entry, f"{key}[{index}]" if isinstance(value, list) else key)
+            if target.name in targets:
+                raise TaskError(
+                    f"{BLOCK}.{key} in dataset.json has several targets named '{target.name}'. Give each a \"name\" of "
+                    f"its own."
+                )
+            targets[target.name] = target
+    return tuple(targets.values())
 
 
 def _target(value: Any, key: str) -> ClassificationTarget:

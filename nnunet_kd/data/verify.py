@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Report:
     Attributes:
         dataset: Full dataset name.
         folder: Where dataset.json was read.
-        tasks: None where dataset.json cannot be understood.
+        tasks: What can be understood of them; None where dataset.json cannot be read.
         dimension: Axes of the images, 2 (also of single slices in volumes) or 3; None where nothing needs or tells it.
         num_cases: Training cases.
         contents: One entry per target, classification first.
@@ -113,12 +113,16 @@ def verify_dataset(
     problems: list[Problem] = []
     try:
         dataset_json = read_json(folder / "dataset.json", "Correct the file.")
-        if isinstance(dataset_json, dict) and "members" in (dataset_json.get(BLOCK) or {}):
+        if not isinstance(dataset_json, dict):
+            raise JointDatasetError(f"{folder / 'dataset.json'} holds no object. Correct the file.")
+        if "members" in (dataset_json.get(BLOCK) or {}):
             raise SideFileError(f"{name} is a joint dataset and has no side files. Verify its members instead.")
-        tasks = Tasks.from_dataset_json(dataset_json)
-    except (JointDatasetError, TaskError) as error:
+    except JointDatasetError as error:
         problem = _as_problem(folder / "dataset.json", error)
         return Report(name, folder, None, dimension, 0, (), None, 0, (problem,))
+    wrong: list[TaskError] = []
+    tasks = Tasks.understood(dataset_json, wrong)
+    problems += [_as_problem(folder / "dataset.json", error) for error in wrong]
 
     raw = raw_cases(folder, dataset_json)
     cases = list(raw) or _preprocessed_cases(name, dataset_json)
@@ -142,7 +146,7 @@ def verify_dataset(
     if tasks.split_by is not None:
         groups = _groups(_path(name, folder, tasks.groups_file), tasks.split_by, cases, problems)
     _verify_splits(name, known, tasks.split_by, groups or {}, presences, problems)
-    if check_copies:
+    if check_copies and not wrong:
         _verify_copies(name, folder, tasks, problems)
     num_groups = None if groups is None else len(set(groups.values()))
     num_ungrouped = 0 if groups is None else len(set(cases) - groups.keys())
@@ -285,7 +289,8 @@ def _verify_labels(
     found: list[Problem] = []
     labels = read_labels(path, target, found)
     problems.extend(found)
-    _verify_case_names(path, labels, cases, problems)
+    rows = read_rows(path, target.columns, []) if path.is_file() else []
+    _verify_case_names(path, {row.case: str(row) for row in rows}, cases, problems)
     own = {case: labels[case] for case in cases if case in labels and not np.isnan(labels[case]).all()}
     title = f"{target.file}, {target.name}"
     presence = Presence(title, target.classes, own, needs_negatives=target.multilabel)
@@ -311,7 +316,7 @@ def _verify_boxes(
     else:
         boxes = read_boxes(path, target, dimension, found, sizes)
         problems.extend(found)
-        _verify_case_names(path, boxes, cases, problems)
+        _verify_case_names(path, {case: f"case {case}" for case in boxes}, cases, problems)
     own = {case: boxes[case].labels for case in cases if case in boxes}
     numbers = np.bincount(np.concatenate([[], *own.values()]).astype(np.int64), minlength=len(target.classes))
     counts = {name: int(number) for name, number in zip(target.classes, numbers, strict=True)}
@@ -322,13 +327,14 @@ def _verify_boxes(
     return contents, Presence.of_boxes(target.file, target.classes, boxes, cases)
 
 
-def _verify_case_names(path: Path, named: Iterable[str], cases: Collection[str], problems: list[Problem]) -> None:
+def _verify_case_names(path: Path, places: Mapping[str, str], cases: Collection[str], problems: list[Problem]) -> None:
+    """Report cases without an image; ``places``: case to where in the file it is named."""
     known = set(cases)
-    for case in named:
+    for case, where in places.items():
         if known and case not in known:
             what = "there is no training image of this case"
             remedy = "Remove it, or write the case as in imagesTr, without channel number and file ending."
-            problems.append(Problem(str(path), f"case {case}", what, remedy))
+            problems.append(Problem(str(path), where, what, remedy))
 
 
 def _verify_classes(path: Path, title: str, counts: Mapping[str, int], problems: list[Problem]) -> None:
@@ -345,7 +351,7 @@ def _verify_classes(path: Path, title: str, counts: Mapping[str, int], problems:
 def _groups(path: Path, column: str, cases: Sequence[str], problems: list[Problem]) -> dict[str, str]:
     """Case to group; cases with an empty value are groups of their own and left out."""
     rows = read_rows(path, (column,), problems)
-    _verify_case_names(path, dict.fromkeys(row.case for row in rows), cases, problems)
+    _verify_case_names(path, {row.case: str(row) for row in rows}, cases, problems)
     groups: dict[str, str] = {}
     for row in rows:
         (group,) = row.values

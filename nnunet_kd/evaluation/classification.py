@@ -117,7 +117,8 @@ def evaluate_classification(
         groups: Group of each case, for example its patient; the bootstrap draws whole groups. None: every case is one.
         num_resamples: Number of bootstrap samples; 0 gives values without intervals. A sample in which a class is
             missing that the cases have does not count for the values that need this class.
-        num_permutations: Number of permutations of the control. It permutes cases, not groups.
+        num_permutations: Number of permutations of the control. It permutes the labels of whole groups where all cases
+            of a group have the same, else those of cases.
         seed: The same seed gives the same intervals.
 
     Raises:
@@ -143,7 +144,8 @@ def evaluate_classification(
         ),
         like=values,
     )
-    orders = _permutations(len(labels), num_permutations, seed, values_per_case=len(classes))
+    units = _units(own_groups, labels)
+    orders = _permutations(units, num_permutations, seed, values_per_case=len(classes))
     permuted = _concatenated(
         (weighted_metrics(present[order], absent[order], scores, multilabel) for order in orders), like=values
     )
@@ -154,7 +156,7 @@ def evaluate_classification(
 
     def chance(name: str) -> Interval:
         samples = mean_over_parts(permuted[name], used[name])
-        return interval_of(float(np.mean(samples)) if samples.size else float("nan"), samples, len(labels))
+        return interval_of(float(np.mean(samples)) if samples.size else float("nan"), samples, len(set(units.tolist())))
 
     return ClassificationScores(
         num_cases=len(labels),
@@ -359,12 +361,25 @@ def _confusion(labels: Array, scores: Array) -> NDArray[np.int64]:
     return counts
 
 
+def _units(groups: Sequence[Hashable], labels: Array) -> NDArray[np.int64]:
+    """Number [N] of each case's group if all cases of a group have the same labels, else of each case."""
+    first: dict[Hashable, int] = {}
+    firsts = [first.setdefault(group, index) for index, group in enumerate(groups)]
+    if not np.array_equal(labels, labels[firsts], equal_nan=True):
+        return np.arange(len(labels))
+    numbers = {index: number for number, index in enumerate(first.values())}
+    return np.array([numbers[index] for index in firsts], dtype=np.int64)
+
+
 def _permutations(
-    num_cases: int, num_permutations: int, seed: int, values_per_case: int
+    units: NDArray[np.int64], num_permutations: int, seed: int, values_per_case: int
 ) -> Iterator[NDArray[np.int64]]:
+    """Which case's labels each case gets [permutations of a block, N]: those of its unit's partner."""
+    _, example = np.unique(units, return_index=True)
     random = np.random.default_rng(seed)
-    for rows in _blocks(num_permutations, num_cases * values_per_case):
-        yield random.permuted(np.tile(np.arange(num_cases), (rows, 1)), axis=1)
+    for rows in _blocks(num_permutations, len(units) * values_per_case):
+        partners = random.permuted(np.tile(np.arange(len(example)), (rows, 1)), axis=1)
+        yield example[partners][:, units]
 
 
 def _blocks(num_rows: int, row_size: int) -> Iterator[int]:

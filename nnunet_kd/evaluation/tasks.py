@@ -296,6 +296,12 @@ def _evaluate_detection(
     boxes = read_boxes(references, target, dimension)
     predictions = read_box_predictions(predicted, target.classes, dimension)
     cases = selection.of("detection", predictions, reference.cases() | boxes.keys())
+    left_out = len((reference.cases() | boxes.keys()) - set(cases))
+    if selection.cases is None and left_out:
+        selection.notes.append(
+            f"detection: {left_out} cases of the dataset have no entry in {predicted} and are not counted (a case that "
+            f"was predicted without boxes needs an empty list there)"
+        )
     nothing = CaseBoxes(np.zeros(0, dtype=np.int64), np.zeros((0, 2 * dimension)))
     return evaluate_detection(
         {case: boxes.get(case, nothing) for case in cases},

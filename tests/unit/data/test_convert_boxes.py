@@ -216,6 +216,16 @@ def test_all_that_is_wrong_in_a_coco_file_is_named(tmp_path: Path, flat: Any) ->
     assert "30 x 20" in lines[0]
 
 
+def test_ids_of_coco_that_are_lists_are_all_named(tmp_path: Path, flat: Any) -> None:
+    images = [{"id": [1], "file_name": "a_0000.png"}]
+    annotations = [{"image_id": {}, "category_id": [3], "bbox": [2, 3.5, 10, 4]}]
+    file = coco(tmp_path, images=images, categories=[{"id": 1.5, "name": "cyst"}], annotations=annotations)
+    with pytest.raises(SideFileError) as error:
+        boxes_from_coco(file, *flat)
+    places = ["images[0]", "categories[0]", "annotations[0]", "annotations[0]"]
+    assert [problem.where for problem in error.value.problems] == places
+
+
 def test_two_coco_images_of_one_case_are_named(tmp_path: Path, flat: Any) -> None:
     """Else the boxes of two different images that have one name would be put together."""
     images = [{"id": 7, "file_name": "site1/a.png"}, {"id": 8, "file_name": "site2/a.png"}]

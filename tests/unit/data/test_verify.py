@@ -20,7 +20,7 @@ from nnunet_kd.cli.verify import main
 from nnunet_kd.data.side_files import Problem, SideFileError
 from nnunet_kd.data.tasks import Tasks
 from nnunet_kd.data.verify import image_size, raw_cases, verify_dataset
-from nnunet_kd.planners.tasks import prepare_side_files
+from nnunet_kd.planners.tasks import declared_tasks, prepare_side_files
 
 NAME = "Dataset901_Toy"
 CASES = [f"toy_{index:03d}" for index in range(6)]
@@ -120,7 +120,7 @@ def test_every_problem_is_found_in_one_run(toy: Toy) -> None:
     expected = [
         ("classification.csv", "line 7, case toy_005", "grade is 'medium', which is not a class"),
         ("classification.csv", "line 7, case toy_005", "effusion is 'nan', which is neither 0 nor 1"),
-        ("classification.csv", "case ghost", "there is no training image of this case"),
+        ("classification.csv", "line 8, case ghost", "there is no training image of this case"),
         ("classification.csv", "line 9, case toy_000", "this case has another row with other values of grade"),
         ("classification.csv", "line 9, case toy_000", "patient is 'p7', but 'p0' in another row of this case"),
         ("boxes.json", "case toy_000_0000", "there is no training image of this case"),
@@ -149,6 +149,7 @@ def test_every_problem_is_found_in_one_run(toy: Toy) -> None:
         (lambda toy: (toy.raw / "boxes.json").write_text("{}"), "boxes.json", ["no training case has any"]),
         (lambda toy: (toy.raw / "boxes.json").write_bytes(b'{"\xff": []}'), "boxes.json", ["UTF-8"]),
         (lambda toy: (toy.raw / "dataset.json").write_text("{"), "dataset.json", ["is not valid JSON"]),
+        (lambda toy: (toy.raw / "dataset.json").write_text("[]"), "dataset.json", ["holds no object"]),
         (
             lambda toy: (toy.raw / "dataset.json").write_bytes(b'{"\xff": 1}'),
             "dataset.json",
@@ -249,6 +250,30 @@ def test_mistakes_of_all_datasets_are_listed_and_stop_the_others_too(toy: Toy) -
     for file in ("classification.csv", "boxes.json"):
         assert (good_copy.preprocessed / file).read_bytes() == (good_copy.raw / file).read_bytes()
     assert json.loads((good_copy.preprocessed / "dataset.json").read_text())["nnunet_kd"] == block
+
+
+def test_mistakes_in_the_declaration_are_listed_with_those_of_the_side_files_of_all_datasets(toy: Toy) -> None:
+    other = Toy(toy.raw.parent.parent)
+    other.raw = shutil.copytree(toy.raw, toy.raw.parent / "Dataset902_Wrong")
+    grade, findings = TASKS["classification"]
+    tasks = {"classification": [{**grade, "classes": ["low"]}, {**findings, "files": "x"}], "detection": []}
+    other.write({"tasks": {**tasks, "depth": 1}, "split_by": 3}, good_rows(), good_boxes())
+    wrong_rows = [*good_rows(), "nobody,low,0,1,p0"]
+    toy.write({"tasks": {**TASKS, "segmentation": "no"}}, wrong_rows, {})
+    expected = {
+        str(toy.raw / "dataset.json"): ["tasks.segmentation"],
+        str(toy.raw / "classification.csv"): ["line 8, case nobody"],
+        str(toy.raw / "boxes.json"): ["no training case has any"],
+        str(other.raw / "dataset.json"): ["'depth'", "split_by", "classification[0].classes", "'files'", "detection"],
+    }
+    with pytest.raises(SideFileError) as error:
+        declared_tasks([NAME, "Dataset902_Wrong"])
+    for file, named in expected.items():
+        own = [str(problem) for problem in error.value.problems if problem.file == file]
+        assert len(own) == len(named)
+        for text in named:
+            assert any(text in problem for problem in own)
+    assert len(error.value.problems) == sum(map(len, expected.values()))
 
 
 def test_a_training_fold_that_lacks_a_class_is_reported(toy: Toy) -> None:
@@ -370,6 +395,14 @@ def test_the_command_prints_all_and_its_status_tells(toy: Toy, capsys: pytest.Ca
             main(["-d", dataset, "--disable_progress_bar"])
         assert ended.value.code == 2
         assert "902" in capsys.readouterr().err
+
+    with pytest.raises(SystemExit) as ended:
+        main(["-d", "902", "Dataset903_Missing", "901", "--disable_progress_bar"])
+    assert ended.value.code == 2
+    output = capsys.readouterr()
+    assert f"{toy.raw / 'boxes.json'}: the file does not exist" in output.out  # the others keep it from nothing
+    assert "902" in output.err
+    assert "Dataset903_Missing" in output.err
 
 
 def test_a_joint_dataset_is_refused(toy: Toy) -> None:

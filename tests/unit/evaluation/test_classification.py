@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -205,6 +206,26 @@ def test_one_group_has_no_interval() -> None:
     scores = evaluate_classification(labels, probabilities, CLASSES, multilabel=False, groups=["same"] * 60)
     assert math.isnan(scores.brier.low)
     assert not math.isnan(scores.brier.value)
+
+
+def test_labels_of_whole_groups_are_permuted_where_a_group_has_one() -> None:
+    """Slices of four patients of one class each: six ways to say which two patients are ill, and no others."""
+    sizes = [5, 9, 12, 7]
+    patients = np.repeat([3, 1, 0, 2], sizes)
+    probability = np.random.default_rng(0).uniform(0, 0.5, len(patients)) + np.repeat([0.1, 0.4, 0.2, 0.5], sizes)
+    scores = np.stack([1 - probability, probability], axis=1)
+    ill = np.repeat([0, 1, 0, 1], sizes)
+    ways = itertools.combinations(range(4), 2)
+    aurocs = [metrics.roc_auc_score(np.isin(np.repeat(range(4), sizes), way), probability) for way in ways]
+    groups = patients.tolist()
+    chance = evaluate_classification(np.eye(2)[ill], scores, "ab", multilabel=False, groups=groups).permuted_auroc
+    assert (chance.low, chance.high) == (pytest.approx(min(aurocs)), pytest.approx(max(aurocs)))
+    assert chance.value == pytest.approx(np.mean(aurocs), abs=0.05)
+    ill[0] = 1  # one patient has both, so that cases are permuted
+    chance = evaluate_classification(np.eye(2)[ill], scores, "ab", multilabel=False, groups=groups).permuted_auroc
+    cases = evaluate_classification(np.eye(2)[ill], scores, "ab", multilabel=False).permuted_auroc
+    assert chance == cases
+    assert min(aurocs) < cases.low < cases.high < max(aurocs)
 
 
 @pytest.mark.parametrize("is_multilabel", [False, True])
