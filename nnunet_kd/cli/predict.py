@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         member=args.member,
         tasks=args.tasks,
         box_merging=args.box_merging,
+        false_positives=args.false_positives,
         tile_step_size=args.step_size,
         use_mirroring=not args.disable_tta,
         perform_everything_on_device=not args.not_on_device,
@@ -169,6 +170,14 @@ def _parser() -> argparse.ArgumentParser:
         default="cluster",
         help="How boxes of tiles, mirrored views and folds become one: weighted clustering (scores are comparable "
         "between one fold and several) or non-maximum suppression. Default: cluster",
+    )
+    parser.add_argument(
+        "--false_positives",
+        type=float,
+        choices=(0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+        default=None,
+        help="Report only boxes that score as those which had at most so many false positives per image and class in "
+        "the folds' final validation. Default: all boxes from a score of 0.05, as AP and FROC need them",
     )
     parser.add_argument(
         "--code",

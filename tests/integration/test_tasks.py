@@ -134,6 +134,30 @@ def test_stock_prediction_equals_ours_and_ours_adds_classes_and_boxes(trained: A
     assert set(read(own / "boxes.json")) == {Path(name).stem for name in files}
 
 
+def test_boxes_are_reported_from_the_scores_that_the_validation_chose(trained: Any, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(control(trained, EVERYTHING), tmp_path / "model"))
+    plans = read(model / "plans.json")
+    plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["detection"]["score_threshold"] = 0.0
+    (model / "plans.json").write_text(json.dumps(plans))
+
+    def scores(output: str, *flags: str) -> list[float]:
+        arguments = ("-m", model, "-i", trained.raw / EVERYTHING / "imagesTs", "-o", tmp_path / output)
+        trained.run("nnUNetKD_predict", *arguments, "-device", "cpu", "--tasks", "detection", *flags)
+        cases = read(tmp_path / output / "boxes.json")
+        assert len(cases) == 2
+        return sorted(box["score"] for boxes in cases.values() for box in boxes)
+
+    everything = scores("all")
+    summary = read(model / "fold_0" / "validation" / "summary.json")
+    half = len(everything) // 2
+    chosen = (everything[half - 1] + everything[half]) / 2
+    detection = summary["nnunet_kd"]["detection"]
+    detection["classes"][0]["froc_thresholds"][detection["froc_rates"].index(2.0)] = chosen
+    (model / "fold_0" / "validation" / "summary.json").write_text(json.dumps(summary))
+    assert scores("some", "--false_positives", "2") == everything[half:]
+    shutil.rmtree(tmp_path)
+
+
 def test_evaluation_of_the_validation_says_what_the_summary_says(trained: Any, tmp_path: Path) -> None:
     validation = control(trained, EVERYTHING) / "fold_0" / "validation"
     output = trained.run("nnUNetKD_evaluate", "-ref", "11", "-pred", validation, "-o", tmp_path, "--fold", "0")
