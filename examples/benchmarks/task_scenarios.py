@@ -26,13 +26,24 @@ class Scenario:
 
 
 SCENARIOS = {
-    "cxr": Scenario("2d", 910, (MONTGOMERY, SHENZHEN), (MONTGOMERY, SHENZHEN), {RESNET: (MONTGOMERY, SHENZHEN)}),
+    "cxr": Scenario(
+        "2d",
+        910,
+        (MONTGOMERY, SHENZHEN),
+        (MONTGOMERY, SHENZHEN),
+        {RESNET: (MONTGOMERY, SHENZHEN), ADAMW: (MONTGOMERY, SHENZHEN)},
+    ),
     "brain2d": Scenario(
         "2d",
         911,
         (BRAIN_TUMOUR, DEMENTIA),
         (BRAIN_TUMOUR, DEMENTIA),
-        {RESNET: (BRAIN_TUMOUR, DEMENTIA), RETINANET: (BRAIN_TUMOUR,)},
+        {
+            RESNET: (BRAIN_TUMOUR, DEMENTIA),
+            OWN_NETWORK: (BRAIN_TUMOUR, DEMENTIA),
+            ADAMW: (BRAIN_TUMOUR, DEMENTIA),
+            RETINANET: (BRAIN_TUMOUR,),
+        },
     ),
     "ct2d": Scenario(
         "2d",
