@@ -22,7 +22,7 @@ from nnunet_kd.data.folds import planned_splits
 from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.data.side_files import SideFileError, read_boxes, side_file
 from nnunet_kd.data.tasks import TaskError, Tasks
-from nnunet_kd.data.verify import FOLD_REMEDIES, verify_dataset
+from nnunet_kd.data.verify import FOLD_REMEDIES, TURNING_READERS, planned_dimension, verify_dataset
 from nnunet_kd.environment import environment
 from nnunet_kd.files import replacing, write_json
 from nnunet_kd.networks.multitask import Heads, multitask_architecture, planned_heads
@@ -45,8 +45,10 @@ def declared_tasks(names: Sequence[str]) -> dict[str, Tasks]:
         raw = Path(str(nnUNet_raw)) / name if nnUNet_raw.is_set() else None
         folder = raw if raw is not None and (raw / "dataset.json").is_file() else Path(str(nnUNet_preprocessed)) / name
         remedy = "Put a correct dataset.json there, or check the dataset's id."
+        content = read_json(folder / "dataset.json", remedy)
         with suppress(TaskError):
-            tasks[name] = Tasks.from_dataset_json(read_json(folder / "dataset.json", remedy))
+            if isinstance(content, dict):
+                tasks[name] = Tasks.from_dataset_json(content)
     if len(tasks) < len(set(names)):
         _refuse_problems(names)
     return tasks
@@ -250,6 +252,7 @@ def _heads(plans: Mapping[str, Any] | None, configuration: str) -> Heads:
 
 def _can_detect(member: Member) -> bool:
     """Whether boxes can be planned for: of the configuration's dimension, on preprocessed images."""
+    _refuse_other_axes(member)
     if len(member.configuration_manager.patch_size) == 2 and not _is_two_dimensional(member):
         print(f"INFO: {member.name} has boxes of volumes, which its 2d configuration cannot detect; it goes without.")
         return False
@@ -260,6 +263,28 @@ def _can_detect(member: Member) -> bool:
         )
         return False
     return True
+
+
+def _refuse_other_axes(member: Member) -> None:
+    """Raise NotImplementedError where the boxes of the stored images are not those of the preprocessed ones."""
+    if issubclass(member.plans_manager.image_reader_writer_class, TURNING_READERS):
+        reader = member.plans_manager.image_reader_writer_class.__name__
+        raise NotImplementedError(
+            f"{member.name} is planned with {reader}, which turns images, but boxes are in the axes of the stored "
+            f"image. Name another reader in dataset.json, move {member.base_folder} away, and plan again."
+        )
+    dimension = planned_dimension(member.name)
+    if dimension is not None and (dimension == 2) != _is_two_dimensional(member):
+        raise NotImplementedError(
+            f"nnU-Net has planned {member.name} as {5 - dimension}D images, but "
+            + (
+                "all of them are single slices. Give them a spacing across the slice that is larger than within it "
+                "(999 is usual), so that they are planned as 2D"
+                if dimension == 2
+                else "some of them are volumes. Boxes need single slices or volumes alone: divide the dataset"
+            )
+            + f", move {member.base_folder} away, and plan again."
+        )
 
 
 def _is_two_dimensional(member: Member) -> bool:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunet_kd.cli.errors import clear_errors, need_folder
 from nnunet_kd.environment import TRAINERS_VARIABLE, add_trainers_folder
@@ -15,6 +15,8 @@ from nnunet_kd.errors import NnUNetKDError
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from numpy import float64
+    from numpy.typing import NDArray
 
     from nnunet_kd.inference.trained_model import TrainedModel
 
@@ -55,7 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         member=args.member,
         tasks=args.tasks,
         box_merging=args.box_merging,
-        false_positives=args.false_positives,
         tile_step_size=args.step_size,
         use_mirroring=not args.disable_tta,
         perform_everything_on_device=not args.not_on_device,
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{model.folder} is the second stage of a cascade. Predict {previous_stage} first and give its folder with "
             f"-prev_stage_predictions."
         )
+    minimum = None if args.false_positives is None else _minimum_scores(args, model, predictor)
     file_ending = predictor.dataset_json["file_ending"]
     reader = predictor.plans_manager.image_reader_writer_class
     images = input_images(args.i, file_ending)
@@ -77,6 +79,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.makedirs(args.o, exist_ok=True)
     with unreadable_images_named(images, file_ending, reader()):
         _predict(args, model, predictor, images)
+    if minimum is not None:
+        _report(Path(args.o), predictor, minimum)
+
+
+def _report(folder: Path, predictor: Any, minimum: NDArray[float64]) -> None:
+    from nnunet_kd.inference.operating_point import write_reported
+
+    if not predictor.task_files(folder).boxes_file.is_file():
+        return  # this call had no case to predict (-num_parts)
+    plan = predictor.detection.plan
+    written = write_reported(folder, plan.classes, plan.dimension, minimum)
+    chosen = ", ".join(f"{name} {score:.3f}" for name, score in zip(plan.classes, minimum, strict=True))
+    print(f"Wrote {written}: the boxes that score at least {chosen}.")
+
+
+def _minimum_scores(args: argparse.Namespace, model: TrainedModel, predictor: Any) -> NDArray[float64]:
+    """Of the boxes to report; before anything is predicted, because there may be none."""
+    from nnunet_kd.inference.operating_point import minimum_scores
+    from nnunet_kd.inference.plain_model import choose_member
+
+    detection = getattr(predictor, "detection", None)
+    if detection is None:
+        raise NnUNetKDError("--false_positives chooses among boxes, and none are predicted. Leave it out.")
+    member = None if model.joint is None else choose_member(model.joint, args.head, args.member)
+    return minimum_scores(model, detection.plan.classes, args.false_positives, member)
 
 
 def _need_output_folder(folder: Path, *, writes_dataset_json: bool) -> None:
@@ -176,8 +203,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         choices=(0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
         default=None,
-        help="Report only boxes that score as those which had at most so many false positives per image and class in "
-        "the folds' final validation. Default: all boxes from a score of 0.05, as AP and FROC need them",
+        help="Also write boxes_reported.json: those of boxes.json that score as boxes did which had at most so many "
+        "false positives per image and class in the final validation of the folds",
     )
     parser.add_argument(
         "--code",

@@ -304,7 +304,7 @@ def _check_coco_ids(file: Path, content: Mapping[str, Sequence[Mapping[str, Any]
         for part, keys in ids.items()
         for index, entry in enumerate(content[part])
         for key in keys
-        if not isinstance(entry.get(key), int | str | None)
+        if not isinstance(entry.get(key), int | float | str | None)
     ]
     if problems:
         raise SideFileError.listing(problems)
@@ -331,7 +331,14 @@ def _coco_cases(
 ) -> dict[Any, str | None]:
     """Image id to case; None where the dataset has no such case."""
     by_file = {files.image.name: case for case, files in cases.items()}
-    sizes = image_sizes(cases, dataset_json, problems)
+
+    def case_of_file(file_name: str) -> tuple[str, str | None]:
+        name = re.split(r"[/\\]", file_name)[-1]
+        return name, by_file.get(name) or _case_of_name(name, cases, str(dataset_json["file_ending"]))
+
+    names = [image["file_name"] for image in images if isinstance(image.get("file_name"), str)]
+    named = {case_of_file(name)[1] for name in names}
+    sizes = image_sizes({case: own for case, own in cases.items() if case in named}, dataset_json, problems, False)
     case_of: dict[Any, str | None] = {}
     first_with: dict[Any, str] = {}
     first_of: dict[str, str] = {}
@@ -345,8 +352,7 @@ def _coco_cases(
             problems.append(Problem(str(file), f"images[{index}]", what, UNIQUE_IDS))
             continue
         first_with[image["id"]] = image["file_name"]
-        name = re.split(r"[/\\]", image["file_name"])[-1]
-        case = by_file.get(name) or _case_of_name(name, cases, str(dataset_json["file_ending"]))
+        name, case = case_of_file(image["file_name"])
         case_of[image["id"]] = case
         if case is None:
             strangers.append(name)

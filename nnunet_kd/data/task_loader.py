@@ -95,8 +95,8 @@ class TaskDataset:
             boxes = to_preprocessed(case_boxes.boxes, properties, self.transpose_forward, segmentation.shape[1:])
             segmentation = InstanceMap(segmentation, boxes, case_boxes.labels, self.mask_values)
             if len(segmentation) > 0:
-                boxed = {value for values in self.mask_values for value in values}
-                others = {key: voxels for key, voxels in locations.items() if not boxed.issuperset(_values(key))}
+                boxed = [set(values) for values in self.mask_values]
+                others = {key: voxels for key, voxels in locations.items() if set(_values(key)) not in boxed}
                 locations = others | _places(segmentation)
         return image, segmentation, previous, {**properties, "class_locations": locations}
 

@@ -36,6 +36,7 @@ from nnunet_kd.settings import BLOCK
 REPAIR_FOLDS = "Correct the folds, or add cases."  # of folds that can be trained, but not learn a class
 REPAIR_CASES = "Correct the folds, or do not train this one."
 FOLD_REMEDIES = (REPAIR_FOLDS, REPAIR_CASES)  # of problems with one fold, which forbid no planning
+TURNING_READERS = (SimpleITKIOWithReorient, NibabelIOWithReorient)  # boxes are in the axes of the stored image
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def verify_dataset(
         dataset_json = read_json(folder / "dataset.json", "Correct the file.")
         if not isinstance(dataset_json, dict):
             raise JointDatasetError(f"{folder / 'dataset.json'} holds no object. Correct the file.")
-        if "members" in (dataset_json.get(BLOCK) or {}):
+        block = dataset_json.get(BLOCK)
+        if isinstance(block, dict) and "members" in block:
             raise SideFileError(f"{name} is a joint dataset and has no side files. Verify its members instead.")
     except JointDatasetError as error:
         problem = _as_problem(folder / "dataset.json", error)
@@ -137,7 +139,7 @@ def verify_dataset(
         presences.append(presence)
     if tasks.detection is not None:
         sizes = image_sizes(raw, dataset_json, problems, show_progress)
-        dimension = dimension or next((len(size) for size in sizes.values()), None) or _planned_dimension(name)
+        dimension = dimension or next((len(size) for size in sizes.values()), None) or planned_dimension(name)
         path = _path(name, folder, tasks.detection.file)
         own, presence = _verify_boxes(path, tasks.detection, dimension, sizes, cases, problems)
         contents.append(own)
@@ -233,7 +235,7 @@ def _preprocessed_cases(name: str, dataset_json: Mapping[str, Any]) -> list[str]
     return sorted(file.name[: -len(ending)] for file in segmentations.iterdir() if file.name.endswith(ending))
 
 
-def _planned_dimension(name: str) -> int | None:
+def planned_dimension(name: str) -> int | None:
     """2 or 3 from the fingerprint, where a 2D image is a single slice."""
     path = _preprocessed(name, "dataset_fingerprint.json")
     shapes = None if path is None else read_json(path, "Move it away and plan again.").get("shapes_after_crop")
@@ -245,7 +247,7 @@ def image_sizes(
 ) -> dict[str, tuple[int, ...]]:
     """Voxels per axis in array order of the images of a dataset, all (z, y, x) or all (y, x).
 
-    Datasets of single slices are 2D, however many axes their files have, as they are for nnU-Net's planning.
+    A dataset of single slices is 2D, however many axes its files have.
 
     Args:
         raw: The images.
@@ -260,10 +262,10 @@ def image_sizes(
     except SideFileError as error:
         problems.append(_as_problem(next(iter(raw.values())).image, error))
         return {}
-    if issubclass(reader, SimpleITKIOWithReorient | NibabelIOWithReorient):
+    if issubclass(reader, TURNING_READERS):
         what = f"its boxes are in the axes of the stored image, which {reader.__name__} turns"
         other = reader.__name__.removesuffix("WithReorient")
-        remedy = f"Write {other} as 'overwrite_image_reader_writer' of dataset.json, or nothing."
+        remedy = f"Write {other} as 'overwrite_image_reader_writer' of dataset.json, and preprocess it anew."
         problems.append(Problem(str(next(iter(raw.values())).image), "", what, remedy))
     sizes = {}
     for case, files in tqdm(raw.items(), "Reading image sizes", disable=not show_progress, leave=False):
@@ -272,9 +274,8 @@ def image_sizes(
         except Exception as error:  # whatever a broken image makes its library raise
             what = f"the image cannot be read ({error})"
             problems.append(Problem(str(files.image), f"case {case}", what, "Replace the file."))
-    if all(len(size) == 3 and size[0] == 1 for size in sizes.values()):
-        return {case: size[1:] for case, size in sizes.items()}
-    return sizes
+    is_flat = all(len(size) == 2 or size[0] == 1 for size in sizes.values())
+    return {case: size[-2:] for case, size in sizes.items()} if is_flat else sizes
 
 
 def _as_problem(file: Path, error: NnUNetKDError) -> Problem:

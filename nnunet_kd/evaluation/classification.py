@@ -65,8 +65,10 @@ class ClassificationScores:
         ece: Expected calibration error, in [0, 1].
         brier: Brier score.
         confusion: [reference, predicted] numbers of cases; None if multi-label.
-        permuted_auroc: ``auroc_macro`` when labels are dealt to the cases at random: mean and central 95%. Its value is
-            chance (0.5); where ``auroc_macro`` lies inside the range, the classifier is not shown to be better.
+        permuted_auroc: ``auroc_macro`` when labels are dealt at random to the cases, or to whole groups where all cases
+            of a group have the same: mean and central 95%. Its value is chance (0.5 of cases; of a few groups of
+            different size it scatters about that); where ``auroc_macro`` lies inside the range, the classifier is not
+            shown to be better.
         permuted_balanced_accuracy: Likewise.
     """
 

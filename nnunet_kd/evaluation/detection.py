@@ -84,8 +84,8 @@ class ClassDetectionScores:
         num_boxes: Reference boxes.
         num_detections: Detections that count, at most ``MAX_DETECTIONS`` per image.
         scores: The metrics.
-        froc_thresholds: The lowest score to keep at each of ``FALSE_POSITIVE_RATES``; NaN where even the highest score
-            brings more false positives.
+        froc_thresholds: The lowest score to keep at each of ``FALSE_POSITIVE_RATES``; 0 where all detections may be
+            kept, NaN where even the highest score brings more false positives.
         curve: [2, thresholds], false positives per image and sensitivity, from the highest score to the lowest.
     """
 
@@ -259,11 +259,13 @@ class DetectionPool:
         return np.append(0.0, true / total)[self._num_allowed(false, weights)]
 
     def score_thresholds(self) -> Array:
-        """The lowest score to keep at each of ``FALSE_POSITIVE_RATES``."""
+        """The lowest score to keep at each of ``FALSE_POSITIVE_RATES``; see ``froc_thresholds``."""
         once = np.ones(len(self.num_boxes))
         _, false = self.counts(once, FROC_IOU)
         ends = self._thresholds()
-        return np.append(np.nan, self.score[ends])[self._num_allowed(false[ends], once)]
+        lowest = np.append(np.nan, self.score[ends])
+        lowest[-1] = 0.0
+        return lowest[self._num_allowed(false[ends], once)]
 
     def curve(self) -> Array:
         """[2, thresholds]: false positives per image and sensitivity."""

@@ -19,7 +19,7 @@ from nnunet_kd.data.verify import image_reader
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.evaluation.metrics import Label, Segmentation, evaluate_case
 
-MADE_UP_SPACING_MM = 999  # what nnU-Net's converters of 2D images write, and its readers of them return, for z
+MADE_UP_SPACING_MM = 999  # across a slice: what nnU-Net's conversion of 2D images to volumes writes
 
 
 def foreground_classes(dataset_json: Mapping[str, Any]) -> dict[str, Label]:

@@ -295,8 +295,9 @@ def _evaluate_detection(
     dimension = _dimension(references) or _dimension(predicted) or 2
     boxes = read_boxes(references, target, dimension)
     predictions = read_box_predictions(predicted, target.classes, dimension)
-    cases = selection.of("detection", predictions, reference.cases() | boxes.keys())
-    left_out = len((reference.cases() | boxes.keys()) - set(cases))
+    known = reference.cases() | boxes.keys()
+    cases = selection.of("detection", predictions, known)
+    left_out = len(known - set(cases))
     if selection.cases is None and left_out:
         selection.notes.append(
             f"detection: {left_out} cases of the dataset have no entry in {predicted} and are not counted (a case that "

@@ -29,7 +29,6 @@ from nnunet_kd.environment import replaced
 from nnunet_kd.errors import NnUNetKDError
 from nnunet_kd.evaluation.detection import PredictedBoxes
 from nnunet_kd.inference.case_collector import BoxMerging, FoldCollector, FoldFindings, case_boxes, case_probabilities
-from nnunet_kd.inference.operating_point import reported
 from nnunet_kd.networks.multitask import planned_heads, unwrapped
 from nnunet_kd.tasks.detection import DetectionTask
 from nnunet_kd.tasks.detection_plan import DetectionPlan
@@ -58,9 +57,6 @@ class CasePredictor(nnUNetPredictor):
         box_merging: How boxes of tiles, views and folds become one: weighted clustering, whose scores are comparable
             between ensembles of different size, or suppression.
         **kwargs: As in the stock predictor.
-
-    Attributes:
-        minimum_scores: Lowest score of a box to report, [classes]; None reports all that the plans do.
     """
 
     def __init__(self, *args: Any, box_merging: BoxMerging = "cluster", **kwargs: Any) -> None:
@@ -69,7 +65,6 @@ class CasePredictor(nnUNetPredictor):
         self.segments = True
         self.targets: tuple[ClassificationTarget, ...] = ()
         self.detection: DetectionTask | None = None
-        self.minimum_scores: NDArray[np.float64] | None = None
         self._preprocessed_shape: tuple[int, ...] = ()
         self._folds: list[FoldFindings] = []
 
@@ -122,8 +117,6 @@ class CasePredictor(nnUNetPredictor):
         """Probabilities and boxes of the case whose logits were predicted last."""
         folds, self._folds = self._folds, []
         boxes = None if self.detection is None else case_boxes(folds, self.detection, self.box_merging)
-        if boxes is not None and self.minimum_scores is not None:
-            boxes = reported(boxes, self.minimum_scores)
         return case_probabilities(folds, self.targets), boxes
 
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ def build_predictor(
     member: str | None = None,
     tasks: Collection[str] | None = None,
     box_merging: Any = "cluster",
-    false_positives: float | None = None,
     **options: Any,
 ) -> nnUNetPredictor:
     """Return a predictor that is ready: of all tasks where the plans have heads for them, else the stock one.
@@ -31,13 +30,10 @@ def build_predictor(
         member: See :func:`initialize_predictor`.
         tasks: Predict these only: "segmentation", "classification", "detection". None predicts all.
         box_merging: "cluster" or "suppress", see ``CasePredictor``.
-        false_positives: Report boxes that have at most so many per image and class, see ``minimum_scores``. None
-            reports all that the plans do.
         **options: Of the stock predictor.
 
     Raises:
-        NnUNetKDError: As :func:`initialize_predictor`, or the model does not predict a task, or no final validation
-            has chosen the scores for ``false_positives``.
+        NnUNetKDError: As :func:`initialize_predictor`, or the model does not predict a task.
     """
     if has_heads(model, head, member):
         from nnunet_kd.inference.task_predictor import TaskPredictor  # needs MONAI, which takes a second to import
@@ -45,16 +41,8 @@ def build_predictor(
         predictor = TaskPredictor(box_merging=box_merging, **options)
         initialize_predictor(predictor, model, head, member)
         predictor.choose_tasks(tasks)
-        if false_positives is not None:
-            from nnunet_kd.inference.operating_point import minimum_scores
-
-            if predictor.detection is None:
-                raise NnUNetKDError("--false_positives chooses boxes, and none are predicted. Leave it out.")
-            speaking = None if model.joint is None else choose_member(model.joint, head, member)
-            classes = predictor.detection.plan.classes
-            predictor.minimum_scores = minimum_scores(model, classes, false_positives, speaking)
         return predictor
-    others = sorted({*(tasks or ()), *(["detection"] if false_positives is not None else [])} - {"segmentation"})
+    others = sorted(set(tasks or ()) - {"segmentation"})
     if others:
         raise NnUNetKDError(f"{model.folder} does not predict {' and '.join(others)}, only segmentation.")
     stock = nnUNetPredictor(**options)

@@ -220,10 +220,12 @@ class TaskTrainer(KDTrainer):
         score = self.latest_scores.joint()
         averages = self.logger.local_logger.my_fantastic_logging["ema_fg_dice"]
         starts = not averages or np.isnan(averages[-1])
-        self.logger.log("mean_fg_dice", float(score), self.current_epoch)  # of which nnU-Net logs the average
         if starts:
-            averages[-1] = float(score)
             self._best_ema = None
+            averages[-1:] = [float(score)] * len(averages[-1:])  # with which nnU-Net's average begins
+        self.logger.log("mean_fg_dice", float(score), self.current_epoch)
+        if starts:
+            averages[:-1] = [float("nan")] * len(averages[:-1])
         self.print_to_log_file(f"Joint score {score:.4f}; checkpoint_best follows its EMA, which is called pseudo Dice")
 
     def gathered(self, own: Any) -> list[Any]:

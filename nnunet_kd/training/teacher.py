@@ -126,8 +126,9 @@ class nnUNetTrainerKDTeacher(TaskTrainer):
         for name, (training, validation) in self.splits.items():
             if not training or not validation:
                 raise JointDatasetError(f"{name} has no cases in fold {self.fold} of {self.joint.splits_file}.")
-            divided = divided_groups(self.members[name], {"train": training, "val": validation})
-            if divided and self.fold != "all":
+            split = {"train": training, "val": validation}
+            divided = [] if self.fold == "all" else divided_groups(self.members[name], split)
+            if divided:
                 raise JointDatasetError(
                     f"Fold {self.fold} of {self.joint.name} has {len(divided)} value(s) of {name}'s 'split_by' both in "
                     f"training and in validation: {some(divided)}. Train a fold that {self.members[name].splits_file} "

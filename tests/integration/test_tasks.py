@@ -140,21 +140,25 @@ def test_boxes_are_reported_from_the_scores_that_the_validation_chose(trained: A
     plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["detection"]["score_threshold"] = 0.0
     (model / "plans.json").write_text(json.dumps(plans))
 
-    def scores(output: str, *flags: str) -> list[float]:
-        arguments = ("-m", model, "-i", trained.raw / EVERYTHING / "imagesTs", "-o", tmp_path / output)
-        trained.run("nnUNetKD_predict", *arguments, "-device", "cpu", "--tasks", "detection", *flags)
-        cases = read(tmp_path / output / "boxes.json")
+    output = tmp_path / "out"
+    arguments = ("-m", model, "-i", trained.raw / EVERYTHING / "imagesTs", "-o", output, "-device", "cpu")
+    trained.run("nnUNetKD_predict", *arguments, "--tasks", "detection")
+
+    def scores(name: str) -> list[float]:
+        cases = read(output / name)
         assert len(cases) == 2
         return sorted(box["score"] for boxes in cases.values() for box in boxes)
 
-    everything = scores("all")
+    everything = scores("boxes.json")
     summary = read(model / "fold_0" / "validation" / "summary.json")
     half = len(everything) // 2
     chosen = (everything[half - 1] + everything[half]) / 2
     detection = summary["nnunet_kd"]["detection"]
     detection["classes"][0]["froc_thresholds"][detection["froc_rates"].index(2.0)] = chosen
     (model / "fold_0" / "validation" / "summary.json").write_text(json.dumps(summary))
-    assert scores("some", "--false_positives", "2") == everything[half:]
+    trained.run("nnUNetKD_predict", *arguments, "--tasks", "detection", "--c", "--false_positives", "2")
+    assert scores("boxes.json") == everything
+    assert scores("boxes_reported.json") == everything[half:]
     shutil.rmtree(tmp_path)
 
 
@@ -271,6 +275,12 @@ def test_single_slices_in_files_of_volumes_are_2d(
     predicted = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "slices_005.nii.gz")))
     assert predicted.shape == (1, 36, 40)
     assert set(read(tmp_path / "boxes.json")) == {"slices_005"}
+
+    thin = {"shape": (1, 36, 40), "spacing": (0.5, 1.0, 1.0), "extra": block}  # nnU-Net plans volumes of these
+    write_side_files(make_dataset(world.raw, 15, "Thin", num_cases=5, **thin))
+    output = world.plan("-d", "15", "-c", "2d", check=False)
+    assert "Traceback" not in output
+    assert "all of them are single slices. Give them a spacing" in output
 
 
 def test_tasks_that_are_declared_later_get_heads_which_then_stay(planned: Any, tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_all_that_is_wrong_in_a_coco_file_is_named(tmp_path: Path, flat: Any) ->
 def test_ids_of_coco_that_are_lists_are_all_named(tmp_path: Path, flat: Any) -> None:
     images = [{"id": [1], "file_name": "a_0000.png"}]
     annotations = [{"image_id": {}, "category_id": [3], "bbox": [2, 3.5, 10, 4]}]
-    file = coco(tmp_path, images=images, categories=[{"id": 1.5, "name": "cyst"}], annotations=annotations)
+    file = coco(tmp_path, images=images, categories=[{"id": [2], "name": "cyst"}], annotations=annotations)
     with pytest.raises(SideFileError) as error:
         boxes_from_coco(file, *flat)
     places = ["images[0]", "categories[0]", "annotations[0]", "annotations[0]"]

@@ -235,11 +235,15 @@ def test_a_batch_carries_only_what_there_is(
 
 
 # --- where crops are --------------------------------------------------------------------------------------------------
+BOTH_BOXED = Tasks(detection=DetectionTarget("boxes.json", ("lesion", "organ")))
+
+
+@pytest.mark.parametrize("tasks", [NO_MASKS, BOTH_BOXED])
 @pytest.mark.parametrize("dimension", [2, 3])
-def test_crops_with_foreground_have_a_box(folder: Callable[[int], Path], dimension: int) -> None:
+def test_crops_with_foreground_have_a_box(folder: Callable[[int], Path], dimension: int, tasks: Tasks) -> None:
     """Also a small box in a large case, which random crops miss."""
     boxes = {"a": case_boxes(dimension)["b"]}
-    dataset = task_dataset(folder(dimension), dimension, NO_MASKS, boxes=boxes)
+    dataset = task_dataset(folder(dimension), dimension, tasks, boxes=boxes)
     dataset.dataset.identifiers = ["a"]
     values = arguments(dataset, dimension, oversample=1.0)
     values["patch_size"] = values["final_patch_size"] = (8,) * dimension
@@ -279,6 +283,22 @@ def test_labels_that_are_not_boxed_keep_their_places(folder: Callable[[int], Pat
     locations = task_dataset(folder(3), 3).load_case("a")[3]["class_locations"]
     assert list(locations) == [2, "boxes of class 0", "boxes of class 1"]  # label 1, the lesion, is boxed
     assert_equal(locations[2], stock[2])
+
+
+def test_nested_regions_that_are_not_boxed_keep_their_places(folder: Callable[[int], Path]) -> None:
+    regions = {"background": 0, "whole": (1, 2), "core": (2,)}
+    tasks = Tasks(detection=DetectionTarget("boxes.json", ("whole", "cyst")))
+    dataset = TaskDataset(nnUNetDatasetBlosc2(str(folder(3))), tasks, regions, (0, 1, 2), boxes=case_boxes(3))
+    load = dataset.dataset.load_case
+
+    def with_regions(case: str) -> tuple[Any, ...]:
+        *arrays, properties = load(case)
+        places = {(1, 2): np.zeros((1, 4), int), (2,): np.ones((1, 4), int)}
+        return *arrays, {**properties, "class_locations": places}
+
+    dataset.dataset.load_case = with_regions
+    locations = dataset.load_case("a")[3]["class_locations"]
+    assert list(locations) == [(2,), "boxes of class 0", "boxes of class 1"]
 
 
 def test_an_ignore_label_keeps_its_places(folder: Callable[[int], Path]) -> None:

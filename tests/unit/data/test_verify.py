@@ -150,6 +150,7 @@ def test_every_problem_is_found_in_one_run(toy: Toy) -> None:
         (lambda toy: (toy.raw / "boxes.json").write_bytes(b'{"\xff": []}'), "boxes.json", ["UTF-8"]),
         (lambda toy: (toy.raw / "dataset.json").write_text("{"), "dataset.json", ["is not valid JSON"]),
         (lambda toy: (toy.raw / "dataset.json").write_text("[]"), "dataset.json", ["holds no object"]),
+        (lambda toy: toy.write(5, [], {}), "dataset.json", ["nnunet_kd in dataset.json is 5"]),
         (
             lambda toy: (toy.raw / "dataset.json").write_bytes(b'{"\xff": 1}'),
             "dataset.json",

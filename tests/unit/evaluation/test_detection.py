@@ -187,7 +187,7 @@ def test_values_by_hand() -> None:
     assert own.scores.ap_50_95 == pytest.approx((own.scores.ap_50.value + 9 * 51 / 101) / 10)
     # false positives per image: 1/4 with the score 0.8, 1/2 with 0.6
     assert own.scores.froc == (0.5, 0.5, 1, 1, 1, 1, 1)
-    assert own.froc_thresholds == (0.9, 0.8, 0.5, 0.5, 0.5, 0.5, 0.5)
+    assert own.froc_thresholds == (0.9, 0.8, 0, 0, 0, 0, 0)  # all may be kept from the third on
     assert own.curve.tolist() == [[0, 0.25, 0.5, 0.5], [0.5, 0.5, 0.5, 1]]
 
 
@@ -196,7 +196,7 @@ def test_no_score_threshold_keeps_the_false_positives_below_the_rate() -> None:
     predicted = predictions(a=[(0, [8, 8, 9, 9], 0.9), (0, [0, 0, 4, 4], 0.9)])
     (own,) = evaluate_detection(reference, predicted, ["cyst"], num_resamples=0).classes
     assert own.scores.froc == (0, 0, 0, 1, 1, 1, 1)
-    assert own.froc_thresholds == pytest.approx((math.nan,) * 3 + (0.9,) * 4, nan_ok=True)
+    assert own.froc_thresholds == pytest.approx((math.nan,) * 3 + (0,) * 4, nan_ok=True)
 
 
 @pytest.mark.parametrize("overlap", [1, 5, 13, 14, 18, 19])

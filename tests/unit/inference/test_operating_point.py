@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nnunet_kd.cli import predict
 from nnunet_kd.data.side_files import CaseBoxes
 from nnunet_kd.errors import NnUNetKDError
-from nnunet_kd.evaluation.detection import evaluate_detection
-from nnunet_kd.inference.operating_point import minimum_scores, reported
+from nnunet_kd.evaluation.detection import FALSE_POSITIVE_RATES, evaluate_detection
+from nnunet_kd.evaluation.prediction_files import read_box_predictions, write_box_predictions
+from nnunet_kd.inference.operating_point import minimum_scores, write_reported
 from nnunet_kd.inference.trained_model import TrainedModel
 
 CLASSES = ("mass", "cyst")
@@ -33,12 +35,12 @@ def detection(*thresholds: list[float | None]) -> dict[str, Any]:
     return {"froc_rates": [0.5, 1.0], "classes": classes}
 
 
-def test_it_is_the_mean_over_the_folds_that_have_one(tmp_path: Path) -> None:
-    summaries = [detection([0.9, 0.5], [None, 0.3]), detection([0.8, 0.1], [None, None])]
+def test_it_is_the_mean_over_the_folds(tmp_path: Path) -> None:
+    summaries = [detection([0.9, 0.5], [None, 0.3]), detection([0.8, 0.0], [None, None])]
     folds = model(tmp_path, summaries)
-    np.testing.assert_allclose(minimum_scores(folds, CLASSES, 1.0), [0.3, 0.3])
-    np.testing.assert_allclose(minimum_scores(folds, CLASSES, 0.5), [0.85, np.inf])
-    np.testing.assert_allclose(minimum_scores(folds, CLASSES[::-1], 1.0), [0.3, 0.3])
+    np.testing.assert_allclose(minimum_scores(folds, CLASSES, 1.0), [0.25, 0.65])  # null: none may be kept
+    np.testing.assert_allclose(minimum_scores(folds, CLASSES, 0.5), [0.85, 1.0])
+    np.testing.assert_allclose(minimum_scores(folds, CLASSES[::-1], 1.0), [0.65, 0.25])
 
 
 def test_a_member_of_a_joint_teacher_has_its_own(tmp_path: Path) -> None:
@@ -46,7 +48,10 @@ def test_a_member_of_a_joint_teacher_has_its_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(minimum_scores(folds, CLASSES, 0.5, "Dataset301_A"), [0.9, 0.2])
 
 
-@pytest.mark.parametrize("summary", [None, {}, {"froc_rates": [0.5], "classes": []}, detection([0.9, 0.5], [0.2, 0.1])])
+@pytest.mark.parametrize(
+    "summary",
+    [None, {}, {"froc_rates": [0.5], "classes": []}, detection([0.9, 0.5], [0.2, 0.1]), detection([], [])],
+)
 def test_without_it_the_message_says_what_to_do(tmp_path: Path, summary: Any) -> None:
     folds = model(tmp_path, [summary])
     with pytest.raises(NnUNetKDError, match=r"fold_0.validation.summary\.json has none for mass, stone.*--val"):
@@ -62,11 +67,19 @@ def test_what_is_reported_has_as_many_false_positives_on_the_validation_cases(tm
         others = random.uniform(200, 290, size=(6, 2))  # nowhere near
         boxes = np.concatenate([own.boxes, np.hstack([others, others + 9])])
         predictions[case] = (np.zeros(7, np.int64), boxes, random.uniform(size=7))
+    write_box_predictions(tmp_path / "boxes.json", predictions, ["mass"])
+    predictions = read_box_predictions(tmp_path / "boxes.json", ["mass"], 2)  # rounded as the validation's are
     scores = evaluate_detection(truth, predictions, ["mass"], num_resamples=0)
     own = {"name": "mass", "froc_thresholds": list(scores.classes[0].froc_thresholds)}
-    rates = [0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
-    folds = model(tmp_path, [{"froc_rates": rates, "classes": [own]}])
-    for rate in rates[:-1]:
-        kept = [reported(boxes, minimum_scores(folds, ["mass"], rate)) for boxes in predictions.values()]
-        false = sum((boxes[:, 0] >= 200).sum() for _, boxes, _ in kept)
-        assert rate * 20 - 1 < false <= rate * 20
+    folds = model(tmp_path, [{"froc_rates": FALSE_POSITIVE_RATES, "classes": [own]}])
+    for rate in FALSE_POSITIVE_RATES:
+        file = write_reported(tmp_path, ["mass"], 2, minimum_scores(folds, ["mass"], rate))
+        kept = read_box_predictions(file, ["mass"], 2)
+        assert kept.keys() == predictions.keys()
+        false = sum((boxes[:, 0] >= 200).sum() for _, boxes, _ in kept.values())
+        assert min(rate * 20, 20 * 6) - 1 < false <= rate * 20
+
+
+def test_the_command_offers_the_rates_that_are_validated() -> None:
+    (action,) = [own for own in predict._parser()._actions if own.dest == "false_positives"]
+    assert action.choices == FALSE_POSITIVE_RATES
