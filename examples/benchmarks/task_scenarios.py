@@ -11,6 +11,7 @@ COVID, STONE, LIVER = "Dataset312_COVIDCT", "Dataset323_KidneyStoneCT", "Dataset
 TASK_PLANS = "nnUNetKDPlans"  # the small plans with heads
 BATCH_SIZE = 4
 RESNET, OWN_NETWORK, ADAMW, RETINANET = "resnet18", "own_network", "control_adamw", "retinanet"
+WIDE, WIDE_PLANS = "control_wide", "nnUNetKDPlansWide"
 COMPONENTS = "components"
 
 
@@ -42,6 +43,7 @@ SCENARIOS = {
             RESNET: (BRAIN_TUMOUR, DEMENTIA),
             OWN_NETWORK: (BRAIN_TUMOUR, DEMENTIA),
             ADAMW: (BRAIN_TUMOUR, DEMENTIA),
+            WIDE: (DEMENTIA,),
             RETINANET: (BRAIN_TUMOUR,),
         },
     ),
@@ -50,8 +52,8 @@ SCENARIOS = {
         912,
         (COVID, STONE, LIVER),
         (COVID, STONE),
-        {RESNET: (COVID,), OWN_NETWORK: (COVID,), ADAMW: (COVID,), RETINANET: (STONE,)},
+        {RESNET: (COVID,), OWN_NETWORK: (COVID,), ADAMW: (COVID,), WIDE: (COVID,), RETINANET: (STONE,)},
     ),
     "lung3d": Scenario("3d_fullres", 913, (NODULE, HIPPOCAMPUS), (NODULE,), {RESNET: (NODULE,), COMPONENTS: (NODULE,)}),
 }
-KINDS = ("teacher", "control", "student", RESNET, OWN_NETWORK, ADAMW, RETINANET, COMPONENTS)
+KINDS = ("teacher", "control", "student", RESNET, OWN_NETWORK, ADAMW, WIDE, RETINANET, COMPONENTS)

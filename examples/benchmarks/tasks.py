@@ -10,6 +10,7 @@ Alternatives, with the same training cases, steps, batch size and image size:
   resnet18    timm's, or MONAI's in 3D, from random weights on the whole image, for classes
   own_network the control's network and class head, trained as resnet18 is: is it the network or the training?
   control_adamw  the control with that optimizer and nnU-Net's augmentation
+  control_wide   the control with twice the width, whose step costs about as much as that of resnet18
   retinanet   torchvision's with a ResNet-18 from random weights on the whole image, for boxes in 2D
   components  nnU-Net's segmentation without further heads and its connected components, for boxes in 3D
 
@@ -60,6 +61,8 @@ from task_scenarios import (
     RETINANET,
     SCENARIOS,
     TASK_PLANS,
+    WIDE,
+    WIDE_PLANS,
     Scenario,
 )
 from task_tables import write_tables
@@ -84,6 +87,9 @@ def prepare(root: Path, names: Sequence[str], kinds: Sequence[str]) -> None:
             write_small_plans(folder, width, BATCH_SIZE)
             small = ["-d", number, "-c", configuration, "-p", SMALL_PLANS, "-plans_name", TASK_PLANS]
             call([command, *small], env, logs / f"small_{number}.log")
+            if WIDE in kinds and member in scenario.alternatives.get(WIDE, ()):
+                wide = ["-d", number, "-p", TASK_PLANS, "--width", "2", "-plans_name", WIDE_PLANS]
+                call(["nnUNetKD_plan_student", *wide], env, logs / f"wide_{number}.log")
         if not {"teacher", "student"}.isdisjoint(kinds):
             ids = [member[7:10] for member in scenario.members]
             joint = ["-d", *ids, "-c", configuration, "-p", SMALL_PLANS, "-plans_name", TASK_PLANS]
@@ -164,8 +170,8 @@ def run_trainer(root: Path, run: Run, steps: int, epochs: int, settings: dict, t
         settings = {"budget": "total"} if run.kind == "teacher" else {}
     os.environ["nnUNetKD_settings"] = json.dumps({**settings, "training": training})
     dataset = joint_name(scenario) if run.kind == "teacher" else run.dataset
-    plans = SMALL_PLANS if run.kind == COMPONENTS else TASK_PLANS
-    trainer_name = TRAINERS["control" if run.kind in (ADAMW, COMPONENTS) else run.kind]
+    plans = {COMPONENTS: SMALL_PLANS, WIDE: WIDE_PLANS}.get(run.kind, TASK_PLANS)
+    trainer_name = TRAINERS["control" if run.kind in (ADAMW, WIDE, COMPONENTS) else run.kind]
     device = torch.device("cpu")
     trainer = get_trainer_from_args(dataset, scenario.configuration, run.fold, trainer_name, plans, False, device)
     if run.kind == ADAMW:
