@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,17 @@ def run_resnet(images: WholeImages, split: Mapping[str, Sequence[str]], budget: 
         from monai.networks.nets import resnet18
 
         network = resnet18(spatial_dims=3, n_input_channels=channels, num_classes=num_classes)
+    return _run_classifier(network, images, split, budget, folder)
+
+
+def run_instance_norm(images: WholeImages, split: Mapping[str, Sequence[str]], budget: Budget, folder: Path) -> float:
+    """The same for timm's ResNet-18 with nnU-Net's normalisation, which takes the contrast out of every image."""
+    import timm
+
+    torch.manual_seed(budget.seed)
+    channels, num_classes = len(images.images[split["train"][0]]), len(images.tasks.classification[0].classes)
+    norm = partial(nn.InstanceNorm2d, affine=True)
+    network = timm.create_model("resnet18", norm_layer=norm, in_chans=channels, num_classes=num_classes)
     return _run_classifier(network, images, split, budget, folder)
 
 

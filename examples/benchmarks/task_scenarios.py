@@ -11,6 +11,7 @@ COVID, STONE, LIVER = "Dataset312_COVIDCT", "Dataset323_KidneyStoneCT", "Dataset
 TASK_PLANS = "nnUNetKDPlans"  # the small plans with heads
 BATCH_SIZE = 4
 RESNET, OWN_NETWORK, ADAMW, RETINANET = "resnet18", "own_network", "control_adamw", "retinanet"
+INSTANCE_NORM = "resnet18_instance_norm"
 WIDE, WIDE_PLANS = "control_wide", "nnUNetKDPlansWide"
 COMPONENTS = "components"
 
@@ -41,6 +42,7 @@ SCENARIOS = {
         (BRAIN_TUMOUR, DEMENTIA),
         {
             RESNET: (BRAIN_TUMOUR, DEMENTIA),
+            INSTANCE_NORM: (DEMENTIA,),
             OWN_NETWORK: (BRAIN_TUMOUR, DEMENTIA),
             ADAMW: (BRAIN_TUMOUR, DEMENTIA),
             WIDE: (DEMENTIA,),
@@ -52,8 +54,15 @@ SCENARIOS = {
         912,
         (COVID, STONE, LIVER),
         (COVID, STONE),
-        {RESNET: (COVID,), OWN_NETWORK: (COVID,), ADAMW: (COVID,), WIDE: (COVID,), RETINANET: (STONE,)},
+        {
+            RESNET: (COVID,),
+            INSTANCE_NORM: (COVID,),
+            OWN_NETWORK: (COVID,),
+            ADAMW: (COVID,),
+            WIDE: (COVID,),
+            RETINANET: (STONE,),
+        },
     ),
     "lung3d": Scenario("3d_fullres", 913, (NODULE, HIPPOCAMPUS), (NODULE,), {RESNET: (NODULE,), COMPONENTS: (NODULE,)}),
 }
-KINDS = ("teacher", "control", "student", RESNET, OWN_NETWORK, ADAMW, WIDE, RETINANET, COMPONENTS)
+KINDS = ("teacher", "control", "student", RESNET, INSTANCE_NORM, OWN_NETWORK, ADAMW, WIDE, RETINANET, COMPONENTS)

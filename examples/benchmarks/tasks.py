@@ -8,6 +8,7 @@ Scenarios (members of one joint teacher; every student has a control of its own)
 
 Alternatives, with the same training cases, steps, batch size and image size:
   resnet18    timm's, or MONAI's in 3D, from random weights on the whole image, for classes
+  resnet18_instance_norm  timm's with nnU-Net's normalisation instead of its own, batch normalisation
   own_network the control's network and class head, trained as resnet18 is: is it the network or the training?
   control_adamw  the control with that optimizer and nnU-Net's augmentation
   control_wide   the control with twice the width, whose step costs about as much as that of resnet18
@@ -55,6 +56,7 @@ from task_scenarios import (
     ADAMW,
     BATCH_SIZE,
     COMPONENTS,
+    INSTANCE_NORM,
     KINDS,
     OWN_NETWORK,
     RESNET,
@@ -126,7 +128,7 @@ def run_one(root: Path, run: Run, steps: int, epochs: int, settings: dict) -> No
     start = time.process_time()
     target = root / "predictions" / run.name
     shutil.rmtree(target, ignore_errors=True)
-    if run.kind in (RESNET, OWN_NETWORK, RETINANET):
+    if run.kind in (RESNET, INSTANCE_NORM, OWN_NETWORK, RETINANET):
         seconds = run_whole_images(run, steps, target / run.dataset)
     else:
         seconds = run_trainer(root, run, steps, epochs, settings, target)
@@ -137,14 +139,19 @@ def run_one(root: Path, run: Run, steps: int, epochs: int, settings: dict) -> No
 
 def run_whole_images(run: Run, steps: int, target: Path) -> float:
     """Train and predict with one of the networks for whole images; return the seconds that training took."""
-    from task_baselines import Budget, WholeImages, run_own_network, run_resnet, run_retinanet
+    from task_baselines import Budget, WholeImages, run_instance_norm, run_own_network, run_resnet, run_retinanet
 
     from nnunet_kd.data.member import Member
 
     member = Member(run.dataset, TASK_PLANS, SCENARIOS[run.scenario].configuration)
     split = json.loads(member.splits_file.read_text())[run.fold]
     images = WholeImages(member, [*split["train"], *split["val"]])
-    train = {RESNET: run_resnet, OWN_NETWORK: run_own_network, RETINANET: run_retinanet}[run.kind]
+    train = {
+        RESNET: run_resnet,
+        INSTANCE_NORM: run_instance_norm,
+        OWN_NETWORK: run_own_network,
+        RETINANET: run_retinanet,
+    }[run.kind]
     target.mkdir(parents=True, exist_ok=True)
     return train(images, split, Budget(steps, BATCH_SIZE, run.seed), target)
 
