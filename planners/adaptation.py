@@ -106,7 +106,7 @@ def prepare_target(
         raise AdaptationError(f"The target {target} has no images in {images}. Put them there.")
     if not any_size:
         _refuse_other_sizes(members[0], target, images)
-    prepare_side_files({target: Tasks.from_dataset_json(dataset_json)})
+    prepare_side_files({target: Tasks.from_dataset_json(dataset_json)}, needs_masks=False)
     add_unlabeled(members, images, num_processes, collection=collection)
     cases = added_cases(members[0], collection)
     view = Member(target, plans_name, configurations[0], {"plans": members[0].plans, "dataset_json": dataset_json})

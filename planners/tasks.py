@@ -22,7 +22,7 @@ from nnunet_kd.data.folds import planned_splits
 from nnunet_kd.data.member import Member, read_json
 from nnunet_kd.data.side_files import SideFileError, read_boxes, side_file
 from nnunet_kd.data.tasks import TaskError, Tasks
-from nnunet_kd.data.verify import FOLD_REMEDIES, TURNING_READERS, planned_dimension, verify_dataset
+from nnunet_kd.data.verify import FOLD_REMEDIES, REPAIR_MASKS, TURNING_READERS, planned_dimension, verify_dataset
 from nnunet_kd.environment import environment
 from nnunet_kd.files import replacing, write_json
 from nnunet_kd.networks.multitask import Heads, multitask_architecture, planned_heads
@@ -54,27 +54,33 @@ def declared_tasks(names: Sequence[str]) -> dict[str, Tasks]:
     return tasks
 
 
-def prepare_side_files(tasks: Mapping[str, Tasks]) -> None:
+def prepare_side_files(tasks: Mapping[str, Tasks], *, needs_masks: bool = True) -> None:
     """Check the side files of datasets and copy them beside their plans, where training reads them.
 
     Args:
         tasks: What each dataset declares, by its full name.
+        needs_masks: Whether segmentations that are declared must be there.
 
     Raises:
         SideFileError: Lists everything that is wrong in them; nothing is written then.
     """
     with_files = [name for name, own in tasks.items() if _has_side_files(own)]
-    _refuse_problems(with_files)
+    _refuse_problems(with_files, () if needs_masks else (REPAIR_MASKS,))
     for name in tasks:
         _refresh_declaration(name)
     for name in with_files:
         _copy_side_files(name, tasks[name])
 
 
-def _refuse_problems(names: Sequence[str]) -> None:
-    """Raise SideFileError with all that is wrong with these datasets; what is wrong with single folds is printed."""
+def _refuse_problems(names: Sequence[str], ignored: Sequence[str] = ()) -> None:
+    """Raise SideFileError with all that is wrong with these datasets; what is wrong with single folds is printed.
+
+    Args:
+        names: Full names.
+        ignored: Remedies of problems that are none here.
+    """
     reports = [verify_dataset(name, show_progress=False, check_copies=False) for name in names]
-    problems = [problem for report in reports for problem in report.problems]
+    problems = [problem for report in reports for problem in report.problems if problem.remedy not in ignored]
     fatal = [problem for problem in problems if problem.remedy not in FOLD_REMEDIES]
     if fatal:
         raise SideFileError.listing(fatal)

@@ -92,6 +92,8 @@ def _report(folder: Path, predictor: Any, minimum: NDArray[float64]) -> None:
     written = write_reported(folder, plan.classes, plan.dimension, minimum)
     chosen = ", ".join(f"{name} {score:.3f}" for name, score in zip(plan.classes, minimum, strict=True))
     print(f"Wrote {written}: the boxes that score at least {chosen}.")
+    if not minimum.all():
+        print("A score of 0 means that the validation had too few boxes to choose one: all boxes are reported.")
 
 
 def _minimum_scores(args: argparse.Namespace, model: TrainedModel, predictor: Any) -> NDArray[float64]:

@@ -92,6 +92,12 @@ class Tasks:
         with _collecting(wrong):
             block = _object(dataset_json.get(BLOCK, {}), BLOCK, '{"tasks": {...}, "split_by": COLUMN}')
         with _collecting(wrong):
+            unknown = sorted(set(block) - {"tasks", "split_by", "members"})  # the last of a joint dataset
+            if unknown:
+                raise TaskError(
+                    f"{BLOCK} in dataset.json has the unknown key '{unknown[0]}'. Allowed are tasks, split_by."
+                )
+        with _collecting(wrong):
             form = '{"segmentation": true, "classification": ..., "detection": ...}'
             tasks = _object(block.get("tasks", {}), "tasks", form)
         with _collecting(wrong):

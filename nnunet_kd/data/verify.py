@@ -35,6 +35,7 @@ from nnunet_kd.settings import BLOCK
 
 REPAIR_FOLDS = "Correct the folds, or add cases."  # of folds that can be trained, but not learn a class
 REPAIR_CASES = "Correct the folds, or do not train this one."
+REPAIR_MASKS = f'Put them there; without any, write "segmentation": false in {BLOCK}.tasks of dataset.json.'
 FOLD_REMEDIES = (REPAIR_FOLDS, REPAIR_CASES)  # of problems with one fold, which forbid no planning
 TURNING_READERS = (SimpleITKIOWithReorient, NibabelIOWithReorient)  # boxes are in the axes of the stored image
 
@@ -132,6 +133,8 @@ def verify_dataset(
     if not cases:
         what = "no training images, neither in imagesTr nor preprocessed"
         problems.append(Problem(str(folder), "", what, "Put them there, or check 'file_ending' in dataset.json."))
+    if tasks.segmentation:
+        _verify_segmentations(name, raw, problems)
     contents, presences = [], []
     for target in tasks.classification:
         own, presence = _verify_labels(_path(name, folder, target.file), target, cases, problems)
@@ -281,6 +284,19 @@ def image_sizes(
 def _as_problem(file: Path, error: NnUNetKDError) -> Problem:
     what, _, remedy = str(error).replace(str(file), "it", 1).partition(". ")
     return Problem(str(file), "", what, remedy)
+
+
+def _verify_segmentations(name: str, raw: Mapping[str, RawCase], problems: list[Problem]) -> None:
+    """Report cases whose segmentation is neither in the raw folder nor was copied from there by nnU-Net."""
+    copies = _preprocessed(name, "gt_segmentations")
+    missing = []
+    for case, files in raw.items():
+        own = files.segmentation
+        if not own.is_file() and not (copies is not None and (copies / own.name).is_file()):
+            missing.append(case)
+    if missing:
+        what = f"{len(missing)} of {len(raw)} cases have no segmentation: {some(missing)}"
+        problems.append(Problem(str(raw[missing[0]].segmentation.parent), "", what, REPAIR_MASKS))
 
 
 # --- entries ----------------------------------------------------------------------------------------------------------

@@ -48,8 +48,9 @@ class TaskTrainer(KDTrainer):
         need_heads(self.plans_manager.plans, heads, declared)
         if heads is None and not declared.is_segmentation_only:
             self.print_to_log_file(
-                f"{self.plans_manager.plans_name} has no heads for the classes and boxes that dataset.json declares: "
-                f"segmentation alone is trained. Train with -p nnUNetKDPlans for all tasks.",
+                f"{self.plans_manager.plans_name} has no heads in {self.configuration_name} for the classes and boxes "
+                f"that dataset.json declares: segmentation alone is trained. For all tasks, train on plans of "
+                f"nnUNetKD_plan_and_preprocess (-p nnUNetKDPlans), boxes of volumes in 3d.",
                 add_timestamp=False,
             )
         if heads is not None:

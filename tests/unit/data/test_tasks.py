@@ -76,6 +76,12 @@ def test_a_wrong_form_is_named_with_the_allowed_one(tasks: dict[str, Any], named
         assert text in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["splitby", "task"])
+def test_an_unknown_key_of_the_block_is_an_error(key: str) -> None:
+    with pytest.raises(TaskError, match=rf"nnunet_kd in dataset\.json has the unknown key '{key}'.*split_by"):
+        Tasks.from_dataset_json({"nnunet_kd": {key: {}}})
+
+
 @pytest.mark.parametrize("block", [None, [], {"tasks": []}, {"tasks": None}, {"split_by": 3}, {"split_by": " "}])
 def test_a_block_of_another_type_is_an_error(block: Any) -> None:
     with pytest.raises(TaskError, match=r"nnunet_kd.* in dataset\.json is .* It must be"):

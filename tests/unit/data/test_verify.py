@@ -344,10 +344,10 @@ def test_single_slices_in_files_of_volumes_have_boxes_in_2d(toy: Toy) -> None:
         file.unlink()
     dataset_json = json.loads((toy.raw / "dataset.json").read_text())
     (toy.raw / "dataset.json").write_text(json.dumps({**dataset_json, "file_ending": ".nii.gz"}))
-    toy.write({"tasks": TASKS, "split_by": "patient"}, good_rows(), good_boxes())
+    toy.write({"tasks": {**TASKS, "segmentation": False}, "split_by": "patient"}, good_rows(), good_boxes())
     report = verify_dataset(NAME, show_progress=False)
     assert (report.dimension, report.problems) == (2, ())
-    toy.write({"tasks": TASKS}, good_rows(), {**good_boxes(), CASES[3]: [{"label": "nodule", "box": [0, 0, 41, 36]}]})
+    toy.write({"tasks": {**TASKS, "segmentation": False}}, good_rows(), {**good_boxes(), CASES[3]: [{"label": "nodule", "box": [0, 0, 41, 36]}]})
     (problem,) = toy.problems()
     assert "x goes from 0 to 41, but the image from 0 to 40" in str(problem)
 
@@ -364,6 +364,25 @@ def test_boxes_are_refused_where_a_reader_turns_the_images(toy: Toy, reader: str
     toy.write({"tasks": {"detection": TASKS["detection"]}}, [], {})
     what = [problem.what for problem in toy.problems() if "turns" in problem.what]
     assert what == [f"its boxes are in the axes of the stored image, which {reader} turns"]
+
+
+def test_missing_segmentations_are_reported_once_unless_they_are_copied_already(toy: Toy) -> None:
+    for case in CASES[:2]:
+        (toy.raw / "labelsTr" / f"{case}.png").rename(toy.raw / f"{case}.png")
+    (problem,) = toy.problems()
+    assert (problem.file, problem.what) == (
+        str(toy.raw / "labelsTr"),
+        f"2 of 6 cases have no segmentation: {CASES[0]}, {CASES[1]}",
+    )
+    assert '"segmentation": false' in problem.remedy
+    toy.plan(SPLITS)
+    for case in CASES[:2]:
+        (toy.raw / f"{case}.png").rename(toy.preprocessed / "gt_segmentations" / f"{case}.png")
+    assert toy.problems() == ()
+    toy.write({"tasks": {**TASKS, "segmentation": False}}, good_rows(), good_boxes())
+    shutil.rmtree(toy.raw / "labelsTr")
+    shutil.rmtree(toy.preprocessed)
+    assert toy.problems() == ()
 
 
 def test_cases_may_be_listed_in_dataset_json(toy: Toy) -> None:
