@@ -280,17 +280,16 @@ def _refuse_other_axes(member: Member) -> None:
             f"image. Name another reader in dataset.json, move {member.base_folder} away, and plan again."
         )
     dimension = planned_dimension(member.name)
-    if dimension is not None and (dimension == 2) != _is_two_dimensional(member):
-        raise NotImplementedError(
-            f"nnU-Net has planned {member.name} as {5 - dimension}D images, but "
-            + (
-                "all of them are single slices. Give them a spacing across the slice that is larger than within it "
-                "(999 is usual), so that they are planned as 2D"
-                if dimension == 2
-                else "some of them are volumes. Boxes need single slices or volumes alone: divide the dataset"
-            )
-            + f", move {member.base_folder} away, and plan again."
-        )
+    if dimension is None or (dimension == 2) == _is_two_dimensional(member):
+        return
+    if dimension == 2:
+        why = "all of them are single slices. Give them a spacing across the slice that is larger than within (as 999)"
+    else:
+        why = "some of them are volumes. Boxes need single slices or volumes alone: divide the dataset"
+    raise NotImplementedError(
+        f"nnU-Net has planned {member.name} as {5 - dimension}D images, but {why}, move {member.base_folder} away, and "
+        f"plan again."
+    )
 
 
 def _is_two_dimensional(member: Member) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,9 @@ def fit(
     return time.process_time() - start
 
 
-def run_resnet(images: WholeImages, split: Mapping[str, Sequence[str]], budget: Budget, folder: Path) -> float:
+def run_resnet(
+    images: WholeImages, split: Mapping[str, Sequence[str]], budget: Budget, folder: Path, **options: Any
+) -> float:
     """Train timm's ResNet-18 (MONAI's for volumes) and write ``classification.csv``; return the training's seconds."""
     torch.manual_seed(budget.seed)
     target = images.tasks.classification[0]
@@ -146,7 +149,7 @@ def run_resnet(images: WholeImages, split: Mapping[str, Sequence[str]], budget: 
     if images.dimension == 2:
         import timm
 
-        network = timm.create_model("resnet18", pretrained=False, in_chans=channels, num_classes=num_classes)
+        network = timm.create_model("resnet18", in_chans=channels, num_classes=num_classes, **options)
     else:
         from monai.networks.nets import resnet18
 
@@ -155,14 +158,8 @@ def run_resnet(images: WholeImages, split: Mapping[str, Sequence[str]], budget: 
 
 
 def run_instance_norm(images: WholeImages, split: Mapping[str, Sequence[str]], budget: Budget, folder: Path) -> float:
-    """The same for timm's ResNet-18 with nnU-Net's normalisation, which takes the contrast out of every image."""
-    import timm
-
-    torch.manual_seed(budget.seed)
-    channels, num_classes = len(images.images[split["train"][0]]), len(images.tasks.classification[0].classes)
-    norm = partial(nn.InstanceNorm2d, affine=True)
-    network = timm.create_model("resnet18", norm_layer=norm, in_chans=channels, num_classes=num_classes)
-    return _run_classifier(network, images, split, budget, folder)
+    """The same, in 2D, with nnU-Net's normalisation, which takes the contrast out of every image."""
+    return run_resnet(images, split, budget, folder, norm_layer=partial(nn.InstanceNorm2d, affine=True))
 
 
 def run_own_network(images: WholeImages, split: Mapping[str, Sequence[str]], budget: Budget, folder: Path) -> float:

@@ -59,6 +59,7 @@ class TaskDataset:
         self.boxes = boxes
         detected = () if tasks.detection is None else tasks.detection.classes
         self.mask_values = [_values(labels[name]) if tasks.segmentation and name in labels else () for name in detected]
+        self._boxed = [set(values) for values in self.mask_values]
 
     @property
     def identifiers(self) -> list[str]:
@@ -95,8 +96,7 @@ class TaskDataset:
             boxes = to_preprocessed(case_boxes.boxes, properties, self.transpose_forward, segmentation.shape[1:])
             segmentation = InstanceMap(segmentation, boxes, case_boxes.labels, self.mask_values)
             if len(segmentation) > 0:
-                boxed = [set(values) for values in self.mask_values]
-                others = {key: voxels for key, voxels in locations.items() if set(_values(key)) not in boxed}
+                others = {key: voxels for key, voxels in locations.items() if set(_values(key)) not in self._boxed}
                 locations = others | _places(segmentation)
         return image, segmentation, previous, {**properties, "class_locations": locations}
 

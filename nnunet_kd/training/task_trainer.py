@@ -223,10 +223,11 @@ class TaskTrainer(KDTrainer):
         starts = not averages or np.isnan(averages[-1])
         if starts:
             self._best_ema = None
-            averages[-1:] = [float(score)] * len(averages[-1:])  # with which nnU-Net's average begins
+            if averages:
+                averages[-1] = float(score)  # nnU-Net's average begins with it
         self.logger.log("mean_fg_dice", float(score), self.current_epoch)
-        if starts:
-            averages[:-1] = [float("nan")] * len(averages[:-1])
+        if starts and len(averages) > 1:
+            averages[-2] = float("nan")
         self.print_to_log_file(f"Joint score {score:.4f}; checkpoint_best follows its EMA, which is called pseudo Dice")
 
     def gathered(self, own: Any) -> list[Any]:

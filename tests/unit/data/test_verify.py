@@ -347,7 +347,8 @@ def test_single_slices_in_files_of_volumes_have_boxes_in_2d(toy: Toy) -> None:
     toy.write({"tasks": {**TASKS, "segmentation": False}, "split_by": "patient"}, good_rows(), good_boxes())
     report = verify_dataset(NAME, show_progress=False)
     assert (report.dimension, report.problems) == (2, ())
-    toy.write({"tasks": {**TASKS, "segmentation": False}}, good_rows(), {**good_boxes(), CASES[3]: [{"label": "nodule", "box": [0, 0, 41, 36]}]})
+    outside = {**good_boxes(), CASES[3]: [{"label": "nodule", "box": [0, 0, 41, 36]}]}
+    toy.write({"tasks": {**TASKS, "segmentation": False}}, good_rows(), outside)
     (problem,) = toy.problems()
     assert "x goes from 0 to 41, but the image from 0 to 40" in str(problem)
 
