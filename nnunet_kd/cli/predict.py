@@ -93,7 +93,7 @@ def _report(folder: Path, predictor: Any, minimum: NDArray[float64]) -> None:
     chosen = ", ".join(f"{name} {score:.3f}" for name, score in zip(plan.classes, minimum, strict=True))
     print(f"Wrote {written}: the boxes that score at least {chosen}.")
     if not minimum.all():
-        print("A score of 0 means that the validation had too few boxes to choose one: all boxes are reported.")
+        print("A score of 0: all boxes of the validation together had fewer false positives, so that all are reported.")
 
 
 def _minimum_scores(args: argparse.Namespace, model: TrainedModel, predictor: Any) -> NDArray[float64]:
