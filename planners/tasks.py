@@ -86,6 +86,9 @@ def _refuse_problems(names: Sequence[str], ignored: Sequence[str] = ()) -> None:
         raise SideFileError.listing(fatal)
     for problem in problems:
         print(f"WARNING: {problem}")
+    for report in reports:
+        for note in report.notes:
+            print(f"WARNING: {report.dataset}: {note}")
 
 
 def _has_side_files(tasks: Tasks) -> bool:
@@ -183,9 +186,13 @@ def with_heads(
     planned: dict[str, Any] = copy.deepcopy(dict(plans))
     for name, configuration in planned["configurations"].items():
         if "architecture" in configuration:
-            classification, detection = member_heads(Member(member, base_plans, name), _heads(existing, name))
+            own = Member(member, base_plans, name)
+            classification, detection = member_heads(own, _heads(existing, name))
             if classification is not None or detection is not None:
-                architecture = multitask_architecture(configuration["architecture"], classification, detection)
+                segmentation = Tasks.from_dataset_json(own.dataset_json).segmentation
+                architecture = multitask_architecture(
+                    configuration["architecture"], classification, detection, segmentation
+                )
                 configuration["architecture"] = architecture
     return planned
 

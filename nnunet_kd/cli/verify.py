@@ -54,8 +54,9 @@ def _lines(report: Report) -> Iterator[str]:
         for contents in report.contents:
             yield f"  {_summary(contents)}"
         if report.num_groups is not None:
-            others = f", {report.num_ungrouped} cases without one" if report.num_ungrouped else ""
-            yield f"  split by {report.tasks.split_by}: {report.num_groups} groups{others}"
+            yield f"  split by {report.tasks.split_by}: {report.num_groups} groups"
+        for note in report.notes:
+            yield f"  note: {note}"
     number = len(report.problems)
     yield f"  {number} problem{'s' if number > 1 else ''}:" if number else "  no problems"
     for problem in report.problems:

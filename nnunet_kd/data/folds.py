@@ -18,12 +18,13 @@ from nnunet_kd.files import write_json
 
 @dataclass(frozen=True)
 class Presence:
-    """Which classes of a target each case has: [classes] of 0 and 1, NaN where not labelled."""
+    """Which classes of a target each case has: [classes] of 0 and 1, NaN where not labelled; of boxes, never NaN."""
 
     title: str
     classes: tuple[str, ...]
     cases: dict[str, NDArray[np.float32]]
     needs_negatives: bool = False
+    is_detection: bool = False
 
     @classmethod
     def of_boxes(
@@ -34,7 +35,7 @@ class Presence:
         for case in present:
             if case in boxes:
                 present[case][boxes[case].labels] = 1
-        return cls(title, classes, present)
+        return cls(title, classes, present, is_detection=True)
 
     def counts(self, cases: Iterable[str]) -> dict[str, int]:
         """Class to the number of ``cases`` that have it."""
@@ -42,8 +43,11 @@ class Presence:
         total = np.nansum(np.array(rows).reshape(-1, len(self.classes)), axis=0)
         return {name: int(number) for name, number in zip(self.classes, total, strict=True)}
 
-    def one_sided(self, training: Collection[str]) -> list[str]:
-        """What cannot be learned from the training cases of a fold although the dataset has it."""
+    def lacks(self, split: Split) -> list[str]:
+        """What a fold cannot teach although the dataset has it, and that its validation gives no score at all."""
+        return [*self._unlearned(split["train"]), *self._unscored(split["val"])]
+
+    def _unlearned(self, training: Collection[str]) -> list[str]:
         found, everywhere = self.counts(training), self.counts(self.cases)
         missing = [name for name in self.classes if everywhere[name] and not found[name]]
         wrong = [f"no training case of {self.title} has {some(missing)}"] if missing else []
@@ -53,6 +57,22 @@ class Presence:
                 if found[name] and found[name] == np.count_nonzero(~np.isnan(values)):
                     wrong.append(f"every labelled training case of {self.title} has {name}")
         return wrong
+
+    def _unscored(self, validation: Collection[str]) -> list[str]:
+        """A ranking needs cases with and without a class; a score of boxes needs boxes."""
+        labelled = [self.cases[case] for case in validation if case in self.cases]
+        rows = np.array(labelled, dtype=np.float32).reshape(-1, len(self.classes))
+        has, has_not = (rows == 1).any(0), (rows == 0).any(0)
+        if not any(self.counts(self.cases).values()) or (has & (has_not | self.is_detection)).any():
+            return []
+        if not labelled:
+            why = f"no validation case of {self.title} is labelled"
+        elif not has.any():
+            why = f"no validation case of {self.title} has {some(self.classes)}"
+        else:
+            classes = [name for name, own in zip(self.classes, has, strict=True) if own]
+            why = f"every labelled validation case of {self.title} has {some(classes)}"
+        return [f"{why}: it is trained, but not scored, and checkpoint_best does not look at it"]
 
 
 def shared_groups(groups: Mapping[str, str], split: Split) -> list[str]:

@@ -225,7 +225,7 @@ def flip_axes(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> list[Row]:
-    """Read the column ``case`` and ``columns`` of a CSV file in UTF-8; rows that cannot be read are left out.
+    """Read the column ``case`` and ``columns`` of a CSV file in UTF-8; what cannot be read is left out or empty.
 
     Args:
         path: The file.
@@ -242,8 +242,10 @@ def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> li
         wrong = _header_problem(header, ("case", *columns))
         if wrong is not None:
             problems.append(Problem(str(path), "header", *wrong, is_unread=True))
+        if header.count("case") != 1:
             return []
-        positions = [header.index(name) for name in ("case", *columns)]
+        # where another column is missing, the rows have no value of it and the rest of them is checked
+        positions = [header.index(name) if header.count(name) == 1 else None for name in ("case", *columns)]
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
@@ -253,7 +255,7 @@ def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> li
                 remedy = "Correct the row; put values that contain a comma into double quotes."
                 problems.append(Problem(str(path), line, what, remedy))
                 continue
-            case, *values = (cells[position].strip() for position in positions)
+            case, *values = ("" if position is None else cells[position].strip() for position in positions)
             if case:
                 rows.append(Row(reader.line_num, case, tuple(values)))
             else:

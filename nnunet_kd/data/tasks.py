@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
@@ -87,31 +86,19 @@ class Tasks:
     @classmethod
     def understood(cls, dataset_json: Mapping[str, Any], wrong: list[TaskError]) -> Tasks:
         """As :meth:`from_dataset_json`, but what has another form is collected in ``wrong`` and left out."""
-        block: Mapping[str, Any] = {}
-        tasks: Mapping[str, Any] = {}
-        with _collecting(wrong):
-            block = _object(dataset_json.get(BLOCK, {}), BLOCK, '{"tasks": {...}, "split_by": COLUMN}')
-        with _collecting(wrong):
-            unknown = sorted(set(block) - {"tasks", "split_by", "members"})  # the last of a joint dataset
-            if unknown:
-                raise TaskError(
-                    f"{BLOCK} in dataset.json has the unknown key '{unknown[0]}'. Allowed are tasks, split_by."
-                )
-        with _collecting(wrong):
-            form = '{"segmentation": true, "classification": ..., "detection": ...}'
-            tasks = _object(block.get("tasks", {}), "tasks", form)
-        with _collecting(wrong):
-            _known_keys(tasks, "tasks", ("segmentation", "classification", "detection"))
+        block = _object(dataset_json.get(BLOCK, {}), BLOCK, '{"tasks": {...}, "split_by": COLUMN}', wrong) or {}
+        _known_keys(block, BLOCK, ("tasks", "split_by"), wrong, hidden="members")  # the last of a joint dataset
+        form = '{"segmentation": true, "classification": ..., "detection": ...}'
+        tasks = _object(block.get("tasks", {}), "tasks", form, wrong) or {}
+        _known_keys(tasks, "tasks", ("segmentation", "classification", "detection"), wrong)
         segmentation, split_by = tasks.get("segmentation", True), block.get("split_by")
         if not isinstance(segmentation, bool):
-            wrong.append(TaskError(_wrong("tasks.segmentation", segmentation, "true or false")))
+            wrong.append(_wrong("tasks.segmentation", segmentation, "true or false"))
         if split_by is not None and not _is_name(split_by):
-            wrong.append(TaskError(_wrong("split_by", split_by, f"the name of a column of {CLASSIFICATION_FILE}")))
+            wrong.append(_wrong("split_by", split_by, f"the name of a column of {CLASSIFICATION_FILE}"))
             split_by = None
         classification = _classification(tasks["classification"], wrong) if "classification" in tasks else ()
-        detection = None
-        with _collecting(wrong):
-            detection = _detection(tasks["detection"]) if "detection" in tasks else None
+        detection = _detection(tasks["detection"], wrong) if "detection" in tasks else None
         if not wrong and not segmentation and not classification and detection is None:
             wrong.append(
                 TaskError(
@@ -162,59 +149,63 @@ class Tasks:
         return self.classification[0].file if self.classification else CLASSIFICATION_FILE
 
 
-@contextmanager
-def _collecting(wrong: list[TaskError]) -> Iterator[None]:
-    try:
-        yield
-    except TaskError as error:
-        wrong.append(error)
-
-
+# --- forms: each function collects all that is wrong, and gives what can be understood -----------------------------
 def _classification(value: Any, wrong: list[TaskError]) -> tuple[ClassificationTarget, ...]:
     key = "tasks.classification"
     entries = value if isinstance(value, list) else [value]
     if not entries:
-        wrong.append(TaskError(_wrong(key, value, CLASSIFICATION_FORM)))
+        wrong.append(_wrong(key, value, CLASSIFICATION_FORM))
     targets: dict[str, ClassificationTarget] = {}
     for index, entry in enumerate(entries):
-        with _collecting(wrong):
-            target = _target(entry, f"{key}[{index}]" if isinstance(value, list) else key)
-            if target.name in targets:
-                raise TaskError(
+        target = _target(entry, f"{key}[{index}]" if isinstance(value, list) else key, wrong)
+        if target is not None and targets.setdefault(target.name, target) is not target:
+            wrong.append(
+                TaskError(
                     f"{BLOCK}.{key} in dataset.json has several targets named '{target.name}'. Give each a \"name\" of "
                     f"its own."
                 )
-            targets[target.name] = target
+            )
     return tuple(targets.values())
 
 
-def _target(value: Any, key: str) -> ClassificationTarget:
-    entry = _object(value, key, CLASSIFICATION_FORM)
-    _known_keys(entry, key, ("name", "file", "column", "columns", "classes"))
-    file = _file(entry, key, CLASSIFICATION_FILE)
+def _target(value: Any, key: str, wrong: list[TaskError]) -> ClassificationTarget | None:
+    entry = _object(value, key, CLASSIFICATION_FORM, wrong)
+    if entry is None:
+        return None
+    _known_keys(entry, key, ("name", "file", "column", "columns", "classes"), wrong)
+    file = _file(entry, key, CLASSIFICATION_FILE, wrong)
+    columns: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    default_name: Any = "findings"
     if ("column" in entry) == ("columns" in entry):
-        raise TaskError(
-            f"{BLOCK}.{key} in dataset.json needs either 'column' or 'columns', and has {_both_or_none(entry)}. Write "
-            f"{CLASSIFICATION_FORM}."
-        )
-    if "columns" in entry:
-        columns = classes = _names(entry["columns"], f"{key}.columns", '["effusion", "nodule"]', minimum=1)
-        if "classes" in entry:
-            raise TaskError(
-                f"{BLOCK}.{key} in dataset.json has 'columns' and 'classes', but every column is a class of its own "
-                f"there. Remove 'classes', or name one 'column' whose values are the classes."
+        wrong.append(
+            TaskError(
+                f"{BLOCK}.{key} in dataset.json needs either 'column' or 'columns', and has {_both_or_none(entry)}. "
+                f"Write {CLASSIFICATION_FORM}."
             )
-        default_name = "findings"
+        )
+    elif "columns" in entry:
+        columns = classes = _names(entry["columns"], f"{key}.columns", '["effusion", "nodule"]', 1, wrong)
+        if "classes" in entry:
+            wrong.append(
+                TaskError(
+                    f"{BLOCK}.{key} in dataset.json has 'columns' and 'classes', but every column is a class of its "
+                    f"own there. Remove 'classes', or name one 'column' whose values are the classes."
+                )
+            )
     else:
-        default_name = entry["column"]
-        if not _is_name(default_name):
-            raise TaskError(_wrong(f"{key}.column", default_name, f"the name of a column of {file}"))
-        columns = (default_name,)
-        classes = _names(entry.get("classes"), f"{key}.classes", '["benign", "malignant"]', minimum=2)
+        if _is_name(entry["column"]):
+            columns, default_name = (entry["column"],), entry["column"]
+        else:
+            wrong.append(_wrong(f"{key}.column", entry["column"], f"the name of a column of {file or 'the file'}"))
+        classes = _names(entry.get("classes"), f"{key}.classes", '["benign", "malignant"]', 2, wrong)
     name = entry.get("name", default_name)
     if not _is_name(name) or "/" in name:
         # predictions name their columns TARGET/CLASS
-        raise TaskError(_wrong(f"{key}.name", name, "a text without '/' (by default the column)"))
+        wrong.append(_wrong(f"{key}.name", name, "a text without '/' (by default the column)"))
+        return None
+    if file is None or columns is None or classes is None:
+        return None
     return ClassificationTarget(name, file, columns, classes, multilabel="columns" in entry)
 
 
@@ -222,42 +213,54 @@ def _both_or_none(entry: Mapping[str, Any]) -> str:
     return "both" if "column" in entry else "neither"
 
 
-def _detection(value: Any) -> DetectionTarget:
+def _detection(value: Any, wrong: list[TaskError]) -> DetectionTarget | None:
     key = "tasks.detection"
-    entry = _object(value, key, DETECTION)
-    _known_keys(entry, key, ("file", "classes"))
-    classes = _names(entry.get("classes"), f"{key}.classes", '["nodule"]', minimum=1)
-    return DetectionTarget(_file(entry, key, DETECTION_FILE), classes)
+    entry = _object(value, key, DETECTION, wrong)
+    if entry is None:
+        return None
+    _known_keys(entry, key, ("file", "classes"), wrong)
+    classes = _names(entry.get("classes"), f"{key}.classes", '["nodule"]', 1, wrong)
+    file = _file(entry, key, DETECTION_FILE, wrong)
+    return None if classes is None or file is None else DetectionTarget(file, classes)
 
 
-def _object(value: Any, key: str, form: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TaskError(_wrong(key, value, form))
-    return value
+def _object(value: Any, key: str, form: str, wrong: list[TaskError]) -> Mapping[str, Any] | None:
+    if isinstance(value, Mapping):
+        return value
+    wrong.append(_wrong(key, value, form))
+    return None
 
 
-def _known_keys(entry: Mapping[str, Any], key: str, allowed: Sequence[str]) -> None:
-    unknown = sorted(set(entry) - set(allowed))
-    if unknown:
-        raise TaskError(
-            f"{BLOCK}.{key} in dataset.json has the unknown key '{unknown[0]}'. Allowed are {', '.join(allowed)}."
+def _known_keys(
+    entry: Mapping[str, Any], key: str, allowed: Sequence[str], wrong: list[TaskError], hidden: str = ""
+) -> None:
+    for unknown in sorted(set(entry) - {*allowed, hidden}):
+        wrong.append(
+            TaskError(
+                f"{_place(key)} in dataset.json has the unknown key '{unknown}'. Allowed are {', '.join(allowed)}."
+            )
         )
 
 
-def _file(entry: Mapping[str, Any], key: str, default: str) -> str:
+def _file(entry: Mapping[str, Any], key: str, default: str, wrong: list[TaskError]) -> str | None:
     file = entry.get("file", default)
-    if not _is_name(file) or PurePath(file).name != file:
-        raise TaskError(_wrong(f"{key}.file", file, f"the name of a file beside dataset.json, for example '{default}'"))
-    return str(file)
+    if _is_name(file) and PurePath(file).name == file:
+        return str(file)
+    wrong.append(_wrong(f"{key}.file", file, f"the name of a file beside dataset.json, for example '{default}'"))
+    return None
 
 
-def _names(value: Any, key: str, form: str, minimum: int) -> tuple[str, ...]:
+def _names(value: Any, key: str, form: str, minimum: int, wrong: list[TaskError]) -> tuple[str, ...] | None:
+    """The different names in the order of the list."""
     form = f"a list of at least {minimum} different text(s), for example {form}"
-    if not isinstance(value, list) or not all(_is_name(name) for name in value):
-        raise TaskError(_wrong(key, value, form))
-    if len(set(value)) < len(value) or len(value) < minimum:
-        raise TaskError(_wrong(key, value, form))
-    return tuple(value)
+    if not isinstance(value, list) or not all(_is_name(name) for name in value) or len(set(value)) < minimum:
+        wrong.append(_wrong(key, value, form))
+        return None
+    repeated = [name for name in dict.fromkeys(value) if value.count(name) > 1]
+    if repeated:
+        names = ", ".join(f"'{name}'" for name in repeated)
+        wrong.append(TaskError(f"{_place(key)} in dataset.json names {names} more than once. Write {form}."))
+    return tuple(dict.fromkeys(value))
 
 
 def _is_name(value: Any) -> bool:
@@ -271,6 +274,9 @@ def _changed(key: str, declared: Any, planned: Any) -> str:
     )
 
 
-def _wrong(key: str, value: Any, form: str) -> str:
-    where = BLOCK if key == BLOCK else f"{BLOCK}.{key}"
-    return f"{where} in dataset.json is {value!r}. It must be {form}."
+def _wrong(key: str, value: Any, form: str) -> TaskError:
+    return TaskError(f"{_place(key)} in dataset.json is {value!r}. It must be {form}.")
+
+
+def _place(key: str) -> str:
+    return key if key == BLOCK else f"{BLOCK}.{key}"

@@ -79,7 +79,7 @@ class Report:
         num_cases: Training cases.
         contents: One entry per target, classification first.
         num_groups: Different values of ``split_by``; None without it.
-        num_ungrouped: Cases without a value of ``split_by``, each a group of its own.
+        ungrouped: Cases without a value of ``split_by``, each a group of its own.
         problems: All problems, each once.
     """
 
@@ -90,8 +90,18 @@ class Report:
     num_cases: int
     contents: tuple[Contents, ...]
     num_groups: int | None
-    num_ungrouped: int
+    ungrouped: tuple[str, ...]
     problems: tuple[Problem, ...]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is allowed, but may be a mistake."""
+        if not self.ungrouped or self.tasks is None:
+            return []
+        return [
+            f"{len(self.ungrouped)} case(s) without a value of '{self.tasks.split_by}' in {self.tasks.groups_file} are "
+            f"each taken for a group of their own: {some(self.ungrouped)}. Fill it in if they belong to another's."
+        ]
 
 
 def verify_dataset(
@@ -122,7 +132,7 @@ def verify_dataset(
             raise SideFileError(f"{name} is a joint dataset and has no side files. Verify its members instead.")
     except JointDatasetError as error:
         problem = _as_problem(folder / "dataset.json", error)
-        return Report(name, folder, None, dimension, 0, (), None, 0, (problem,))
+        return Report(name, folder, None, dimension, 0, (), None, (), (problem,))
     wrong: list[TaskError] = []
     tasks = Tasks.understood(dataset_json, wrong)
     problems += [_as_problem(folder / "dataset.json", error) for error in wrong]
@@ -154,9 +164,10 @@ def verify_dataset(
     if check_copies and not wrong:
         _verify_copies(name, folder, tasks, problems)
     num_groups = None if groups is None else len(set(groups.values()))
-    num_ungrouped = 0 if groups is None else len(set(cases) - groups.keys())
+    # where no case has one, the column is missing or names other cases, which is a problem of its own
+    ungrouped = tuple(case for case in cases if case not in groups) if groups else ()
     unique = tuple(dict.fromkeys(problems))  # two targets in one file meet the same ones
-    return Report(name, folder, tasks, dimension, len(cases), tuple(contents), num_groups, num_ungrouped, unique)
+    return Report(name, folder, tasks, dimension, len(cases), tuple(contents), num_groups, ungrouped, unique)
 
 
 # --- files of a dataset -----------------------------------------------------------------------------------------------
@@ -367,7 +378,10 @@ def _verify_classes(path: Path, title: str, counts: Mapping[str, int], problems:
 
 def _groups(path: Path, column: str, cases: Sequence[str], problems: list[Problem]) -> dict[str, str]:
     """Case to group; cases with an empty value are groups of their own and left out."""
-    rows = read_rows(path, (column,), problems)
+    found: list[Problem] = []
+    rows = read_rows(path, (column,), found)
+    problems.extend(found)
+    unread = any(problem.is_unread for problem in found)
     _verify_case_names(path, {row.case: str(row) for row in rows}, cases, problems)
     groups: dict[str, str] = {}
     for row in rows:
@@ -375,6 +389,9 @@ def _groups(path: Path, column: str, cases: Sequence[str], problems: list[Proble
         if group and groups.setdefault(row.case, group) != group:
             what = f"{column} is '{group}', but '{groups[row.case]}' in another row of this case"
             problems.append(Problem(str(path), str(row), what, "Leave one row per case."))
+    if cases and rows and not unread and not groups.keys() & set(cases):
+        what = f"no training case has a value of {column}, by which folds are made"
+        problems.append(Problem(str(path), "", what, "Fill in the column, or remove 'split_by' from dataset.json."))
     return groups
 
 
@@ -410,7 +427,7 @@ def _verify_splits(
             remedy = "Move splits_final.json away and plan again, which divides by group."
             problems.append(Problem(str(path), f"fold {fold}", what, remedy))
         for presence in presences:
-            for what in presence.one_sided(split["train"]):
+            for what in presence.lacks(split):
                 problems.append(Problem(str(path), f"fold {fold}", what, REPAIR_FOLDS))
 
 

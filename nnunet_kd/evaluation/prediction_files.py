@@ -77,6 +77,8 @@ def read_classification_predictions(file: Path, targets: Sequence[Classification
     """
     problems: list[Problem] = []
     rows = read_rows(file, _columns(targets), problems)
+    if any(problem.is_unread for problem in problems):
+        raise SideFileError.listing(problems)
     if not problems:
         problems += _unknown_classes(file, targets)
     predictions: ClassPredictions = {}

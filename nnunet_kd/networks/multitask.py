@@ -1,8 +1,8 @@
 """The planned segmentation network plus heads for classification and detection.
 
-Stock nnU-Net builds it from plans. Its keyword arguments are those of the planned network plus three of ours
-(``backbone``, ``classification``, ``detection``), because nnU-Net and our planners read ``strides`` and
-``features_per_stage`` of that block. Our design.
+Stock nnU-Net builds it from plans. Its keyword arguments are those of the planned network plus four of ours
+(``backbone``, ``classification``, ``detection``, ``segmentation``), because nnU-Net and our planners read ``strides``
+and ``features_per_stage`` of that block. Our design.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ HEADS = "heads."  # weights under this prefix are ours, all others the stock net
 MEMBER_HEADS = "task_heads."  # the same in a joint network, followed by the member
 NETWORK_CLASS = "nnunet_kd.networks.multitask.MultiTaskUNet"
 NUM_POOLED_STAGES = 4
-_ADDED = ("backbone", "classification", "detection")
+UNTRAINED = (
+    "The dataset of this model has no segmentations, so the masks that are predicted now come from a decoder that was "
+    "never trained and mean nothing. nnUNetKD_predict gives the classes and boxes."
+)
+_ADDED = ("backbone", "classification", "detection", "segmentation")
 
 
 class TaskOutputs(NamedTuple):
@@ -131,6 +135,7 @@ class MultiTaskUNet(nn.Module):
         backbone: Class of the planned network, PlainConvUNet or ResidualEncoderUNet.
         classification: See :class:`TaskHeads`; None builds no such head.
         detection: See :class:`TaskHeads`; None builds no such head.
+        segmentation: Whether the dataset has segmentations; without them a prediction of one alone warns.
         deep_supervision: As in the backbone.
         **backbone_kwargs: Further arguments of the backbone, imported already (nnU-Net does so).
 
@@ -147,6 +152,7 @@ class MultiTaskUNet(nn.Module):
         backbone: str,
         classification: Mapping[str, Any] | None = None,
         detection: Mapping[str, Any] | None = None,
+        segmentation: bool = True,
         deep_supervision: bool = False,
         **backbone_kwargs: Any,
     ) -> None:
@@ -166,6 +172,7 @@ class MultiTaskUNet(nn.Module):
         self.tapped_stages: tuple[Stage, ...] = ()
         self.trains_tasks = False
         self.segments = True
+        self._warns_of_segmentation = not segmentation
         self._initialize_backbone = network_class.initialize
         with torch.random.fork_rng(devices=[]):  # the backbone's weights must not depend on the heads
             self.heads = TaskHeads(unet, classification, detection)
@@ -174,6 +181,9 @@ class MultiTaskUNet(nn.Module):
         """Stock output for ``image`` [B, C, *S]; with ``tasks`` everything, see :meth:`forward_tasks`."""
         if tasks or (self.training and self.trains_tasks):
             return self.forward_tasks(image, segmentation=segmentation and self.segments)
+        if self._warns_of_segmentation and not self.training:
+            print(f"\nWARNING: {UNTRAINED}")
+            self._warns_of_segmentation = False
         return self.decoder(self.encoder(image))
 
     def forward_tasks(
@@ -258,7 +268,10 @@ def unwrapped(network: Any) -> Any:
 
 
 def multitask_architecture(
-    architecture: Mapping[str, Any], classification: Mapping[str, Any] | None, detection: Mapping[str, Any] | None
+    architecture: Mapping[str, Any],
+    classification: Mapping[str, Any] | None,
+    detection: Mapping[str, Any] | None,
+    segmentation: bool = True,
 ) -> dict[str, Any]:
     """Return the ``architecture`` block of stock plans with these heads; heads that it has already are replaced.
 
@@ -266,13 +279,16 @@ def multitask_architecture(
         architecture: ``network_class_name``, ``arch_kwargs``, ``_kw_requires_import``.
         classification: See :class:`TaskHeads`.
         detection: See :class:`TaskHeads`.
+        segmentation: Whether the dataset has segmentations.
     """
     wrapped = stock_architecture(architecture)
-    settings = {
+    settings: dict[str, Any] = {
         "backbone": wrapped["network_class_name"],
         "classification": None if classification is None else dict(classification),
         "detection": None if detection is None else dict(detection),
     }
+    if not segmentation:
+        settings["segmentation"] = False
     wrapped["network_class_name"] = NETWORK_CLASS
     wrapped["arch_kwargs"].update(copy.deepcopy(settings))
     return wrapped

@@ -147,10 +147,11 @@ class TaskTrainer(KDTrainer):
         return TaskData.read(self.plans_manager.dataset_name, self.tasks, len(self.configuration_manager.patch_size))
 
     def _fold_notes(self, data: TaskData) -> list[str]:
-        """What the fold's training cases cannot teach although the dataset has it."""
+        """What the fold cannot teach although the dataset has it, and what its validation cannot score."""
         training, validation = self.do_split()
         presences = data.presences({*training, *validation})
-        return [f"fold {self.fold}: {what}" for presence in presences for what in presence.one_sided(training)]
+        split = {"train": training, "val": validation}
+        return [f"fold {self.fold}: {what}" for presence in presences for what in presence.lacks(split)]
 
     def _weigh_classes(self, data: TaskData, cases: list[str]) -> None:
         for target, loss in zip(data.tasks.classification, self.task_loss.classification, strict=True):

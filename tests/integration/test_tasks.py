@@ -16,6 +16,8 @@ import SimpleITK as sitk
 import torch
 from PIL import Image
 
+from nnunet_kd.networks.multitask import UNTRAINED
+
 pytestmark = pytest.mark.integration
 
 EVERYTHING, CLASSES, VOLUMES = "Dataset011_Everything", "Dataset012_Classes", "Dataset013_Volumes"
@@ -62,6 +64,13 @@ def trained(planned: Any) -> Any:
     """The control of the dataset with all tasks."""
     planned.train(11, "Control", "-p", "nnUNetKDPlansSmall", configuration="2d", settings=SETTINGS)
     return planned
+
+
+@pytest.fixture(scope="module")
+def classifier(planned: Any) -> Path:
+    """The control of the dataset with classes alone."""
+    planned.train(12, "Control", "-p", "nnUNetKDPlansSmall", configuration="2d", settings=SETTINGS)
+    return control(planned, CLASSES)
 
 
 def control(world: Any, dataset: str, configuration: str = "2d") -> Path:
@@ -177,9 +186,8 @@ def test_segmentation_alone_is_exported(trained: Any, tmp_path: Path) -> None:
     assert plans["configurations"]["2d"]["architecture"]["network_class_name"].endswith("PlainConvUNet")
 
 
-def test_classes_alone_need_no_segmentation(planned: Any) -> None:
-    planned.train(12, "Control", "-p", "nnUNetKDPlansSmall", configuration="2d", settings=SETTINGS)
-    validation = control(planned, CLASSES) / "fold_0" / "validation"
+def test_classes_alone_need_no_segmentation(planned: Any, classifier: Path) -> None:
+    validation = classifier / "fold_0" / "validation"
     assert {file.name for file in validation.iterdir()} == {"classification.csv", "summary.json"}
     checkpoint = torch.load(validation.parent / "checkpoint_final.pth", weights_only=False)
     network = checkpoint["network_weights"]
@@ -187,6 +195,15 @@ def test_classes_alone_need_no_segmentation(planned: Any) -> None:
     (log,) = validation.parent.glob("training_log_*.txt")
     cases = read(planned.preprocessed / CLASSES / "splits_final.json")[0]["val"]
     assert re.findall(r"predicting (\S+)", log.read_text()) == cases  # which also times them for leaderboards
+    assert UNTRAINED not in log.read_text()
+
+
+def test_stock_prediction_of_classes_alone_warns_of_its_masks(planned: Any, classifier: Path, tmp_path: Path) -> None:
+    data = ("-i", planned.raw / CLASSES / "imagesTr", "-m", classifier, "-f", "0", "-device", "cpu")
+    flags = ("-npp", "1", "-nps", "1", "--disable_tta")
+    output = planned.run("nnUNetv2_predict_from_modelfolder", *data, "-o", tmp_path / "stock", *flags)
+    assert output.count(UNTRAINED) == 1
+    assert UNTRAINED not in planned.run("nnUNetKD_predict", *data, "-o", tmp_path / "own", *flags)
 
 
 def test_folds_that_cannot_be_learned_are_warned_of_and_those_that_divide_groups_refused(
@@ -209,6 +226,8 @@ def test_folds_that_cannot_be_learned_are_warned_of_and_those_that_divide_groups
     assert f"WARNING: {CLASSES}, {warning}" in output
     fold = control(world, CLASSES) / "fold_0"
     assert warning in read(fold / "validation" / "summary.json")["nnunet_kd"]["notes"]
+    unscored = "fold 0: every labelled validation case of classification.csv, size has large: it is trained, but not"
+    assert f"WARNING: {CLASSES}, {unscored}" in output
     best = torch.load(fold / "checkpoint_best.pth", weights_only=False)
     assert best["current_epoch"] == 2  # AUROC was never defined, so the newest epoch is taken
     assert np.isnan(best["logging"]["mean_fg_dice"]).all()

@@ -13,6 +13,7 @@ import pytest
 from nnunet_kd.data.folds import Presence, keep_groups_together, shared_groups
 from nnunet_kd.data.side_files import CaseBoxes
 from nnunet_kd.errors import JointDatasetError
+from nnunet_kd.tasks.classification import macro_auroc
 
 CASES = [f"c{number:02d}" for number in range(20)]
 PATIENT = {case: f"p{number // 2}" for number, case in enumerate(CASES)}
@@ -84,22 +85,58 @@ def test_cases_without_a_group_are_on_their_own() -> None:
     assert shared_groups({"a": "1", "c": "2"}, split) == []
 
 
+UNSCORED = "it is trained, but not scored, and checkpoint_best does not look at it"
+
+
 def test_what_training_cases_cannot_teach() -> None:
     nan = np.nan
-    grade = Presence("grade", ("low", "high"), {"a": np.array([1, 0]), "b": np.array([0, 1]), "c": np.array([1, 0])})
-    assert grade.one_sided(["a", "c"]) == ["no training case of grade has high"]
-    assert grade.one_sided(["a", "b"]) == []
+    labels = {"a": [1, 0], "b": [0, 1], "c": [1, 0]}
+    grade = Presence("grade", ("low", "high"), {case: np.array(own) for case, own in labels.items()})
+    assert grade.lacks({"train": ["a", "c"], "val": ["a", "b"]}) == ["no training case of grade has high"]
+    assert grade.lacks({"train": ["a", "b"], "val": ["a", "b"]}) == []
     findings = {"a": np.array([1, nan]), "b": np.array([1, 1]), "c": np.array([0, 0])}
     both = Presence("findings", ("dark", "bright"), findings, needs_negatives=True)
-    assert both.one_sided(["a", "b"]) == [
+    assert both.lacks({"train": ["a", "b"], "val": ["b", "c"]}) == [
         "every labelled training case of findings has dark",
         "every labelled training case of findings has bright",
     ]
-    assert both.one_sided(["b", "c"]) == []
+    assert both.lacks({"train": ["b", "c"], "val": ["b", "c"]}) == []
+
+
+@pytest.mark.parametrize(
+    ("validation", "why"),
+    [
+        (["a", "b"], None),
+        (["a"], "every labelled validation case of findings has dark"),
+        (["c", "x"], "no validation case of findings has dark, bright"),
+        (["x"], "no validation case of findings is labelled"),
+        ([], "no validation case of findings is labelled"),
+        (["a", "c"], None),
+        (["b", "d"], None),
+        (["d", "e"], "every labelled validation case of findings has dark, bright"),
+    ],
+)
+def test_a_validation_without_any_score_is_told(validation: list[str], why: str | None) -> None:
+    nan = np.nan
+    labels = {"a": [1, nan], "b": [0, 1], "c": [0, 0], "d": [1, 1], "e": [nan, 1]}
+    both = Presence("findings", ("dark", "bright"), {case: np.array(own) for case, own in labels.items()})
+    expected = [] if why is None else [f"{why}: {UNSCORED}"]
+    assert both.lacks({"train": list(labels), "val": validation}) == expected
+    scores = {case: np.random.default_rng(0).random(2) for case in labels}
+    known = [case for case in validation if case in labels]
+    score = macro_auroc(
+        np.array([scores[case] for case in known]).reshape(-1, 2),
+        np.array([labels[case] for case in known]).reshape(-1, 2),
+    )
+    assert np.isnan(score) == bool(expected)
 
 
 def test_cases_without_boxes_count() -> None:
     boxes = {"a": CaseBoxes(np.array([1, 1]), np.zeros((2, 4))), "other": CaseBoxes(np.array([0]), np.zeros((1, 4)))}
     presence = Presence.of_boxes("boxes", ("stone", "cyst"), boxes, ["a", "b"])
     assert presence.counts(["a", "b"]) == {"stone": 0, "cyst": 1}
-    assert presence.one_sided(["b"]) == ["no training case of boxes has cyst"]
+    assert presence.lacks({"train": ["b"], "val": ["a"]}) == ["no training case of boxes has cyst"]
+    unscored = f"no validation case of boxes has stone, cyst: {UNSCORED}"
+    assert presence.lacks({"train": ["a"], "val": ["b"]}) == [unscored]
+    nothing = Presence.of_boxes("boxes", ("stone",), {}, ["a", "b"])  # verification says so once, not of every fold
+    assert nothing.lacks({"train": ["a"], "val": ["b"]}) == []

@@ -111,6 +111,19 @@ def test_an_unreadable_table_is_one_problem(tmp_path: Path, content: bytes | Non
     assert problems[0].remedy
 
 
+def test_a_missing_column_hides_nothing_of_the_rows(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "case,nodule", "a,1", "b", "c,2", "d,0")
+    problems: list[Problem] = []
+    labels = read_labels(path, FINDINGS, problems)
+    assert [(problem.where, problem.is_unread) for problem in problems] == [
+        ("header", True),
+        ("line 3", False),
+        ("line 4, case c", False),
+    ]
+    assert "no column 'effusion'; there are case, nodule" in problems[0].what
+    np.testing.assert_array_equal([labels[case] for case in "acd"], [[NAN, 1], [NAN, NAN], [NAN, 0]])
+
+
 def test_an_error_lists_twenty_problems_and_counts_the_rest(tmp_path: Path) -> None:
     path = csv_file(tmp_path, "case,grade", *[f"c{index},?" for index in range(33)])
     with pytest.raises(SideFileError) as error:

@@ -86,3 +86,20 @@ def test_an_unknown_key_of_the_block_is_an_error(key: str) -> None:
 def test_a_block_of_another_type_is_an_error(block: Any) -> None:
     with pytest.raises(TaskError, match=r"nnunet_kd.* in dataset\.json is .* It must be"):
         Tasks.from_dataset_json({"nnunet_kd": block})
+
+
+def test_all_that_is_wrong_with_a_task_is_said_and_the_rest_of_it_is_understood() -> None:
+    target = {**GRADE, "classes": ["II", "III", "IV", "III"], "weight": 2, "loss": "ce"}
+    tasks = declared(classification=[target, {"file": "a/b.csv"}], detection={"file": 3, "classes": "x", "iou": 0.5})
+    wrong: list[TaskError] = []
+    understood = Tasks.understood(tasks, wrong)
+    assert [str(error).split(" in dataset.json ")[0] + ": " + str(error).split("'")[1] for error in wrong[:3]] == [
+        "nnunet_kd.tasks.classification[0]: loss",
+        "nnunet_kd.tasks.classification[0]: weight",
+        "nnunet_kd.tasks.classification[0].classes: III",
+    ]
+    assert "names 'III' more than once" in str(wrong[2])
+    keys = ["classification[1].file", "classification[1]", "detection", "detection.classes", "detection.file"]
+    assert [str(error).split()[0].removeprefix("nnunet_kd.tasks.") for error in wrong[3:]] == keys
+    grade = ClassificationTarget("grade", "grades.csv", ("grade",), ("II", "III", "IV"), multilabel=False)
+    assert understood == Tasks(True, (grade,), None, "patient")

@@ -88,7 +88,7 @@ def test_a_good_dataset_is_counted_and_has_no_problems(toy: Toy) -> None:
     toy.plan(SPLITS)
     report = verify_dataset(NAME, show_progress=False)
     assert report.problems == ()
-    assert (report.dimension, report.num_cases, report.num_groups, report.num_ungrouped) == (2, 6, 3, 1)
+    assert (report.dimension, report.num_cases, report.num_groups, report.ungrouped) == (2, 6, 3, (CASES[5],))
     grade, findings, boxes = report.contents
     assert (grade.num_cases, grade.counts, grade.num_without) == (5, {"low": 2, "high": 3}, 1)
     assert (findings.num_cases, findings.counts, findings.num_without) == (6, {"effusion": 2, "edema": 2}, 0)
@@ -133,6 +133,12 @@ def test_every_problem_is_found_in_one_run(toy: Toy) -> None:
         ("splits_final.json", "fold 0", "2 value(s) of 'patient' are both in training and validation: p0, p1"),
         ("splits_final.json", "fold 0", "no training case of classification.csv, grade has high"),
         ("splits_final.json", "fold 0", "no training case of classification.csv, findings has effusion"),
+        (
+            "splits_final.json",
+            "fold 0",
+            "every labelled validation case of classification.csv, grade has high: it is trained, but not scored, and "
+            "checkpoint_best does not look at it",
+        ),
     ]
     problems = toy.problems()
     assert sorted((Path(problem.file).name, problem.where, problem.what) for problem in problems) == sorted(expected)
@@ -204,8 +210,20 @@ def fold_problems(toy: Toy, training: list[str], validation: list[str]) -> list[
     return [problem.what for problem in problems]
 
 
+def test_cases_without_a_group_are_named_before_planning(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = Tasks.from_dataset_json(json.loads((toy.raw / "dataset.json").read_text()))
+    prepare_side_files({NAME: tasks})
+    assert f"WARNING: {NAME}: 1 case(s) without a value of 'patient'" in capsys.readouterr().out
+    (toy.raw / "classification.csv").write_text(
+        "\n".join(["case,grade,effusion,edema,patient", *(row[: row.rindex(",") + 1] for row in good_rows())])
+    )
+    with pytest.raises(SideFileError, match="no training case has a value of patient, by which folds are made"):
+        prepare_side_files({NAME: tasks})
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_a_group_on_both_sides_of_a_fold_is_reported(toy: Toy) -> None:
-    (what,) = fold_problems(toy, [CASES[0], *CASES[3:]], [CASES[1], CASES[2]])
+    (what,) = fold_problems(toy, [CASES[0], CASES[3], CASES[5]], [CASES[1], CASES[2], CASES[4]])
     assert what == "2 value(s) of 'patient' are both in training and validation: p0, p1"
 
 
@@ -288,13 +306,22 @@ def test_a_training_fold_that_lacks_a_class_is_reported(toy: Toy) -> None:
 
 
 def test_a_finding_needs_both_answers(toy: Toy) -> None:
-    rows = [f"{case},{grade},{effusion},1," for case, grade, effusion in zip(CASES, GRADES, "101001", strict=True)]
-    toy.write({"tasks": TASKS}, rows, good_boxes())
-    found = fold_problems(toy, [CASES[0], *CASES[2:4], CASES[5]], [CASES[1]])
+    rows = [f"{case},{grade},{effusion},1," for case, grade, effusion in zip(CASES, GRADES, "101011", strict=True)]
+    toy.write({"tasks": TASKS}, rows, {**good_boxes(), CASES[4]: [{"label": "cyst", "box": [0, 0, 1, 1]}]})
+    found = fold_problems(toy, [CASES[0], *CASES[2:4], CASES[5]], [CASES[1], CASES[4]])
     assert found == ["every labelled training case of classification.csv, findings has edema"]
-    found = fold_problems(toy, [CASES[0], CASES[5], CASES[2]], [CASES[1]])
+    found = fold_problems(toy, [CASES[0], CASES[5], CASES[2]], [CASES[1], CASES[4]])
     assert found == [
         f"every labelled training case of classification.csv, findings has {x}" for x in ("effusion", "edema")
+    ]
+
+
+def test_a_validation_that_gives_no_score_is_reported(toy: Toy) -> None:
+    found = fold_problems(toy, [CASES[0], *CASES[2:4]], [CASES[4]])
+    assert [what.split(":")[0] for what in found] == [
+        "no validation case of classification.csv, grade is labelled",
+        "no validation case of classification.csv, findings has effusion, edema",
+        "no validation case of boxes.json has nodule, cyst",
     ]
 
 
@@ -402,7 +429,9 @@ def test_the_command_prints_all_and_its_status_tells(toy: Toy, capsys: pytest.Ca
     assert f"{NAME} in {toy.raw.parent}: 2D, 6 cases" in output
     assert "5 labelled (low 2, high 3), 1 images without a label" in output
     assert "4 entries, 6 boxes (nodule 3, cyst 3), 1 entries without boxes, 2 images without an entry" in output
-    assert "split by patient: 3 groups, 1 cases without one" in output
+    assert "split by patient: 3 groups\n" in output
+    assert "1 case(s) without a value of 'patient' in classification.csv are each taken for a group of" in output
+    assert f"their own: {CASES[5]}. Fill it in" in output
     assert "no problems" in output
 
     (toy.raw / "boxes.json").unlink()

@@ -84,6 +84,7 @@ def test_bad_classification_predictions(tmp_path: Path, content: str | bytes, me
     with pytest.raises(SideFileError) as error:
         read_classification_predictions(file, [GRADE])
     assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
     assert str(file) in str(error.value)
 
 

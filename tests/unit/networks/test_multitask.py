@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_kd.errors import SettingsError
 from nnunet_kd.networks.multitask import (
+    UNTRAINED,
     MultiTaskUNet,
     TaskOutputs,
     multitask_architecture,
@@ -181,6 +182,21 @@ def test_feature_map_size_is_counted_for_backbone_and_heads(stock: dict[str, Any
             module.register_forward_hook(count)
     network(torch.zeros(1, 1, 16, 16), tasks=True)
     assert network.compute_conv_feature_map_size((16, 16)) == plain.compute_conv_feature_map_size((16, 16)) + counted
+
+
+def test_a_segmentation_that_was_never_trained_is_warned_of_once(
+    stock: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    architecture = multitask_architecture(stock, CLASSIFICATION, None, segmentation=False)
+    assert stock_architecture(architecture) == stock
+    network, image = build(architecture), torch.zeros(1, 1, 16, 16)
+    network.train()(image)
+    network.eval()(image, tasks=True)
+    build(multitask_architecture(architecture, CLASSIFICATION, None)).eval()(image)
+    assert capsys.readouterr().out == ""
+    network(image)
+    network(image)
+    assert capsys.readouterr().out == f"\nWARNING: {UNTRAINED}\n"
 
 
 def test_plans_block_can_be_rewrapped_scaled_and_unwrapped(stock: dict[str, Any]) -> None:
