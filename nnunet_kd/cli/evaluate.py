@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for title, rows in _tables(evaluation):
         print(f"\n{title}\n{table(rows)}")
     print("\nIn brackets: 95% bootstrap intervals over groups (split_by), or cases.")
+    if evaluation.classification:
+        print("permuted_...: the same predictions against labels dealt at random; a score in this interval is chance.")
     for note in evaluation.notes:
         print(f"Note: {note}.")
     print(f"Written to {output}: {', '.join(str(file.relative_to(output)) for file in written)}")

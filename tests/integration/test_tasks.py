@@ -175,6 +175,7 @@ def test_evaluation_of_the_validation_says_what_the_summary_says(trained: Any, t
     validation = control(trained, EVERYTHING) / "fold_0" / "validation"
     output = trained.run("nnUNetKD_evaluate", "-ref", "11", "-pred", validation, "-o", tmp_path, "--fold", "0")
     assert "detection" in output
+    assert output.count("permuted_...: ") == 1
     evaluated, summary = read(tmp_path / "evaluation.json"), read(validation / "summary.json")["nnunet_kd"]
     assert evaluated["detection"]["mean"]["ap_10"] == summary["detection"]["mean"]["ap_10"]
     assert evaluated["classification"]["size"]["num_cases"] == summary["classification"]["size"]["num_cases"]
