@@ -259,7 +259,7 @@ def _names(value: Any, key: str, form: str, minimum: int, wrong: list[TaskError]
     repeated = [name for name in dict.fromkeys(value) if value.count(name) > 1]
     if repeated:
         names = ", ".join(f"'{name}'" for name in repeated)
-        wrong.append(TaskError(f"{_place(key)} in dataset.json names {names} more than once. Write {form}."))
+        wrong.append(TaskError(f"{_place(key)} in dataset.json names {names} more than once. Leave each once."))
     return tuple(dict.fromkeys(value))
 
 

@@ -100,7 +100,7 @@ class Report:
             return []
         return [
             f"{len(self.ungrouped)} case(s) without a value of '{self.tasks.split_by}' in {self.tasks.groups_file} are "
-            f"each taken for a group of their own: {some(self.ungrouped)}. Fill it in if they belong to another's."
+            f"each taken for a group of their own: {some(self.ungrouped)}. Fill it in where they share it with others."
         ]
 
 
