@@ -184,15 +184,12 @@ def with_heads(
         preprocessed, or in a configuration of another dimension; both is said.
     """
     planned: dict[str, Any] = copy.deepcopy(dict(plans))
+    segmentation = Tasks.from_dataset_json(Member(member, base_plans, "").dataset_json).segmentation
     for name, configuration in planned["configurations"].items():
         if "architecture" in configuration:
-            own = Member(member, base_plans, name)
-            classification, detection = member_heads(own, _heads(existing, name))
-            if classification is not None or detection is not None:
-                segmentation = Tasks.from_dataset_json(own.dataset_json).segmentation
-                architecture = multitask_architecture(
-                    configuration["architecture"], classification, detection, segmentation
-                )
+            heads = member_heads(Member(member, base_plans, name), _heads(existing, name))
+            if any(heads):
+                architecture = multitask_architecture(configuration["architecture"], *heads, segmentation)
                 configuration["architecture"] = architecture
     return planned
 
@@ -337,7 +334,7 @@ def write_splits(member: Member) -> None:
 
 
 def warn_of_folds(name: str) -> None:
-    """Print what the training cases of a fold, which has just been made, cannot teach."""
+    """Print what folds, which have just been made, can neither teach nor score."""
     for problem in verify_dataset(name, show_progress=False, check_copies=False).problems:
         if problem.remedy in FOLD_REMEDIES:
             print(f"WARNING: {problem}")

@@ -57,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{title}\n{table(rows)}")
     print("\nIn brackets: 95% bootstrap intervals over groups (split_by), or cases.")
     if evaluation.classification:
-        print("permuted_...: the same predictions against labels dealt at random; a score in this interval is chance.")
+        print(
+            "permuted_...: the same predictions against labels dealt at random to cases or whole groups, with the "
+            "central 95% in brackets; a score in there is not shown to be better than chance."
+        )
     for note in evaluation.notes:
         print(f"Note: {note}.")
     print(f"Written to {output}: {', '.join(str(file.relative_to(output)) for file in written)}")

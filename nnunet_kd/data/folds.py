@@ -18,7 +18,15 @@ from nnunet_kd.files import write_json
 
 @dataclass(frozen=True)
 class Presence:
-    """Which classes of a target each case has: [classes] of 0 and 1, NaN where not labelled; of boxes, never NaN."""
+    """Which classes of a target each case has.
+
+    Attributes:
+        title: Of the target, for messages.
+        classes: Of the target.
+        cases: Case to [classes] of 0 and 1, NaN where not labelled; of boxes, never NaN.
+        needs_negatives: Several classes may be present at once, so that a class is learned from cases without it.
+        is_detection: Boxes: a score needs boxes, but no case without any.
+    """
 
     title: str
     classes: tuple[str, ...]
@@ -39,12 +47,11 @@ class Presence:
 
     def counts(self, cases: Iterable[str]) -> dict[str, int]:
         """Class to the number of ``cases`` that have it."""
-        rows = [self.cases[case] for case in cases if case in self.cases]
-        total = np.nansum(np.array(rows).reshape(-1, len(self.classes)), axis=0)
+        total = np.nansum(self._labels(cases), axis=0)
         return {name: int(number) for name, number in zip(self.classes, total, strict=True)}
 
     def lacks(self, split: Split) -> list[str]:
-        """What a fold cannot teach although the dataset has it, and that its validation gives no score at all."""
+        """What a fold can neither teach nor score although the dataset can."""
         return [*self._unlearned(split["train"]), *self._unscored(split["val"])]
 
     def _unlearned(self, training: Collection[str]) -> list[str]:
@@ -59,20 +66,27 @@ class Presence:
         return wrong
 
     def _unscored(self, validation: Collection[str]) -> list[str]:
-        """A ranking needs cases with and without a class; a score of boxes needs boxes."""
-        labelled = [self.cases[case] for case in validation if case in self.cases]
-        rows = np.array(labelled, dtype=np.float32).reshape(-1, len(self.classes))
-        has, has_not = (rows == 1).any(0), (rows == 0).any(0)
-        if not any(self.counts(self.cases).values()) or (has & (has_not | self.is_detection)).any():
+        labels = self._labels(validation)
+        if self._can_score(labels) or not self._can_score(self._labels(self.cases)):
             return []
-        if not labelled:
+        present = [name for name, own in zip(self.classes, (labels == 1).any(0), strict=True) if own]
+        if not len(labels):
             why = f"no validation case of {self.title} is labelled"
-        elif not has.any():
+        elif not present:
             why = f"no validation case of {self.title} has {some(self.classes)}"
         else:
-            classes = [name for name, own in zip(self.classes, has, strict=True) if own]
-            why = f"every labelled validation case of {self.title} has {some(classes)}"
-        return [f"{why}: it is trained, but not scored, and checkpoint_best does not look at it"]
+            why = f"every labelled validation case of {self.title} has {some(present)}"
+        score = "AP" if self.is_detection else "AUROC"
+        return [f"{why}, so that the {score} is not defined and has no part in choosing checkpoint_best"]
+
+    def _can_score(self, labels: NDArray[np.float32]) -> bool:
+        """A ranking needs cases [N, classes] with and without a class; that of boxes needs boxes."""
+        has, has_not = (labels == 1).any(0), (labels == 0).any(0)
+        return bool((has & (has_not | self.is_detection)).any())
+
+    def _labels(self, cases: Iterable[str]) -> NDArray[np.float32]:
+        own = [self.cases[case] for case in cases if case in self.cases]
+        return np.array(own, dtype=np.float32).reshape(-1, len(self.classes))
 
 
 def shared_groups(groups: Mapping[str, str], split: Split) -> list[str]:

@@ -87,7 +87,7 @@ class Tasks:
     def understood(cls, dataset_json: Mapping[str, Any], wrong: list[TaskError]) -> Tasks:
         """As :meth:`from_dataset_json`, but what has another form is collected in ``wrong`` and left out."""
         block = _object(dataset_json.get(BLOCK, {}), BLOCK, '{"tasks": {...}, "split_by": COLUMN}', wrong) or {}
-        _known_keys(block, BLOCK, ("tasks", "split_by"), wrong, hidden="members")  # the last of a joint dataset
+        _known_keys(block, BLOCK, ("tasks", "split_by"), wrong, ("members",))  # the last of a joint dataset
         form = '{"segmentation": true, "classification": ..., "detection": ...}'
         tasks = _object(block.get("tasks", {}), "tasks", form, wrong) or {}
         _known_keys(tasks, "tasks", ("segmentation", "classification", "detection"), wrong)
@@ -232,9 +232,9 @@ def _object(value: Any, key: str, form: str, wrong: list[TaskError]) -> Mapping[
 
 
 def _known_keys(
-    entry: Mapping[str, Any], key: str, allowed: Sequence[str], wrong: list[TaskError], hidden: str = ""
+    entry: Mapping[str, Any], key: str, allowed: Sequence[str], wrong: list[TaskError], others: Sequence[str] = ()
 ) -> None:
-    for unknown in sorted(set(entry) - {*allowed, hidden}):
+    for unknown in sorted(set(entry) - {*allowed, *others}):
         wrong.append(
             TaskError(
                 f"{_place(key)} in dataset.json has the unknown key '{unknown}'. Allowed are {', '.join(allowed)}."

@@ -33,7 +33,7 @@ from nnunet_kd.data.tasks import ClassificationTarget, DetectionTarget, TaskErro
 from nnunet_kd.errors import JointDatasetError, NnUNetKDError
 from nnunet_kd.settings import BLOCK
 
-REPAIR_FOLDS = "Correct the folds, or add cases."  # of folds that can be trained, but not learn a class
+REPAIR_FOLDS = "Correct the folds, or add cases."  # of folds that can be trained, but neither learn nor score a class
 REPAIR_CASES = "Correct the folds, or do not train this one."
 REPAIR_MASKS = f'Put them there; without any, write "segmentation": false in {BLOCK}.tasks of dataset.json.'
 FOLD_REMEDIES = (REPAIR_FOLDS, REPAIR_CASES)  # of problems with one fold, which forbid no planning
@@ -100,7 +100,7 @@ class Report:
             return []
         return [
             f"{len(self.ungrouped)} case(s) without a value of '{self.tasks.split_by}' in {self.tasks.groups_file} are "
-            f"each taken for a group of their own: {some(self.ungrouped)}. Fill it in where they share it with others."
+            f"each taken for a group of their own: {some(self.ungrouped)}. Fill it in where they belong to others."
         ]
 
 
@@ -145,27 +145,28 @@ def verify_dataset(
         problems.append(Problem(str(folder), "", what, "Put them there, or check 'file_ending' in dataset.json."))
     if tasks.segmentation:
         _verify_segmentations(name, raw, problems)
-    contents, presences = [], []
+    contents: list[Contents] = []
+    presences: list[Presence] = []
     for target in tasks.classification:
-        own, presence = _verify_labels(_path(name, folder, target.file), target, cases, problems)
+        own, present = _verify_labels(_path(name, folder, target.file), target, cases, problems)
         contents.append(own)
-        presences.append(presence)
+        presences += present
     if tasks.detection is not None:
         sizes = image_sizes(raw, dataset_json, problems, show_progress)
         dimension = dimension or next((len(size) for size in sizes.values()), None) or planned_dimension(name)
         path = _path(name, folder, tasks.detection.file)
-        own, presence = _verify_boxes(path, tasks.detection, dimension, sizes, cases, problems)
+        own, present = _verify_boxes(path, tasks.detection, dimension, sizes, cases, problems)
         contents.append(own)
-        presences.append(presence)
-    groups = None
-    if tasks.split_by is not None:
-        groups = _groups(_path(name, folder, tasks.groups_file), tasks.split_by, cases, problems)
+        presences += present
+    groups: dict[str, str] | None = None
+    ungrouped: tuple[str, ...] = ()
+    if tasks.split_by is not None and (tasks.classification or not wrong):  # else the file is not known
+        path = _path(name, folder, tasks.groups_file)
+        groups, ungrouped = _groups(path, tasks.split_by, cases, problems)
     _verify_splits(name, known, tasks.split_by, groups or {}, presences, problems)
     if check_copies and not wrong:
         _verify_copies(name, folder, tasks, problems)
     num_groups = None if groups is None else len(set(groups.values()))
-    # where no case has one, the column is missing or names other cases, which is a problem of its own
-    ungrouped = tuple(case for case in cases if case not in groups) if groups else ()
     unique = tuple(dict.fromkeys(problems))  # two targets in one file meet the same ones
     return Report(name, folder, tasks, dimension, len(cases), tuple(contents), num_groups, ungrouped, unique)
 
@@ -313,7 +314,8 @@ def _verify_segmentations(name: str, raw: Mapping[str, RawCase], problems: list[
 # --- entries ----------------------------------------------------------------------------------------------------------
 def _verify_labels(
     path: Path, target: ClassificationTarget, cases: Sequence[str], problems: list[Problem]
-) -> tuple[Contents, Presence]:
+) -> tuple[Contents, list[Presence]]:
+    """What the file says, and which classes the cases have; the latter is empty where it could not be read."""
     found: list[Problem] = []
     labels = read_labels(path, target, found)
     problems.extend(found)
@@ -323,9 +325,10 @@ def _verify_labels(
     title = f"{target.file}, {target.name}"
     presence = Presence(title, target.classes, own, needs_negatives=target.multilabel)
     counts = presence.counts(own)
-    if cases and not any(problem.is_unread for problem in found):
+    is_read = not any(problem.is_unread for problem in found)
+    if cases and is_read:
         _verify_classes(path, title, counts, problems)
-    return Contents(title, len(own), counts, len(cases) - len(own)), presence
+    return Contents(title, len(own), counts, len(cases) - len(own)), [presence] if is_read else []
 
 
 def _verify_boxes(
@@ -335,7 +338,8 @@ def _verify_boxes(
     sizes: Mapping[str, Sequence[int]],
     cases: Sequence[str],
     problems: list[Problem],
-) -> tuple[Contents, Presence]:
+) -> tuple[Contents, list[Presence]]:
+    """As :func:`_verify_labels`."""
     found: list[Problem] = []
     if dimension is None:
         what = "it is not known whether the images are 2D or 3D, so boxes are not checked"
@@ -348,11 +352,12 @@ def _verify_boxes(
     own = {case: boxes[case].labels for case in cases if case in boxes}
     numbers = np.bincount(np.concatenate([[], *own.values()]).astype(np.int64), minlength=len(target.classes))
     counts = {name: int(number) for name, number in zip(target.classes, numbers, strict=True)}
-    if cases and dimension is not None and not any(problem.is_unread for problem in found):
+    is_read = dimension is not None and not any(problem.is_unread for problem in found)
+    if cases and is_read:
         _verify_classes(path, target.file, counts, problems)
     num_empty = sum(1 for labels in own.values() if not len(labels))
     contents = Contents(target.file, len(own), counts, len(cases) - len(own), num_empty)
-    return contents, Presence.of_boxes(target.file, target.classes, boxes, cases)
+    return contents, [Presence.of_boxes(target.file, target.classes, boxes, cases)] if is_read else []
 
 
 def _verify_case_names(path: Path, places: Mapping[str, str], cases: Collection[str], problems: list[Problem]) -> None:
@@ -376,12 +381,12 @@ def _verify_classes(path: Path, title: str, counts: Mapping[str, int], problems:
         problems.append(Problem(str(path), "", what, "Add cases of it, or remove the class from dataset.json."))
 
 
-def _groups(path: Path, column: str, cases: Sequence[str], problems: list[Problem]) -> dict[str, str]:
-    """Case to group; cases with an empty value are groups of their own and left out."""
+def _groups(
+    path: Path, column: str, cases: Sequence[str], problems: list[Problem]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Case to group, and the cases that are groups of their own, none where that is not sure."""
     found: list[Problem] = []
     rows = read_rows(path, (column,), found)
-    problems.extend(found)
-    unread = any(problem.is_unread for problem in found)
     _verify_case_names(path, {row.case: str(row) for row in rows}, cases, problems)
     groups: dict[str, str] = {}
     for row in rows:
@@ -389,10 +394,13 @@ def _groups(path: Path, column: str, cases: Sequence[str], problems: list[Proble
         if group and groups.setdefault(row.case, group) != group:
             what = f"{column} is '{group}', but '{groups[row.case]}' in another row of this case"
             problems.append(Problem(str(path), str(row), what, "Leave one row per case."))
-    if cases and rows and not unread and not groups.keys() & set(cases):
+    ungrouped = () if found else tuple(case for case in cases if case not in groups)
+    if ungrouped and len(ungrouped) == len(cases):
         what = f"no training case has a value of {column}, by which folds are made"
         problems.append(Problem(str(path), "", what, "Fill in the column, or remove 'split_by' from dataset.json."))
-    return groups
+        ungrouped = ()
+    problems.extend(found)
+    return groups, ungrouped
 
 
 # --- splits and copies ------------------------------------------------------------------------------------------------

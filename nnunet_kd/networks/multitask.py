@@ -35,8 +35,8 @@ MEMBER_HEADS = "task_heads."  # the same in a joint network, followed by the mem
 NETWORK_CLASS = "nnunet_kd.networks.multitask.MultiTaskUNet"
 NUM_POOLED_STAGES = 4
 UNTRAINED = (
-    "The dataset of this model has no segmentations, so the masks that are predicted now come from a decoder that was "
-    "never trained and mean nothing. nnUNetKD_predict gives the classes and boxes."
+    "The dataset of this model has no segmentations, so the masks that are predicted now come from layers that were "
+    "never trained, and mean nothing. nnUNetKD_predict gives the classes and boxes."
 )
 _ADDED = ("backbone", "classification", "detection", "segmentation")
 

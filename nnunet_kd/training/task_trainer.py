@@ -147,7 +147,7 @@ class TaskTrainer(KDTrainer):
         return TaskData.read(self.plans_manager.dataset_name, self.tasks, len(self.configuration_manager.patch_size))
 
     def _fold_notes(self, data: TaskData) -> list[str]:
-        """What the fold cannot teach although the dataset has it, and what its validation cannot score."""
+        """What the fold can neither teach nor score although the dataset can."""
         training, validation = self.do_split()
         presences = data.presences({*training, *validation})
         split = {"train": training, "val": validation}

@@ -133,7 +133,8 @@ def test_stock_prediction_equals_ours_and_ours_adds_classes_and_boxes(trained: A
     own, stock = tmp_path / "own", tmp_path / "stock"
     trained.run("nnUNetKD_predict", "-m", model, "-i", images, "-o", own, "-device", "cpu", "-npp", "0", "-nps", "0")
     flags = ("-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1")
-    trained.run("nnUNetv2_predict_from_modelfolder", "-m", model, "-i", images, "-o", stock, *flags)
+    output = trained.run("nnUNetv2_predict_from_modelfolder", "-m", model, "-i", images, "-o", stock, *flags)
+    assert UNTRAINED not in output
     files = sorted(file.name for file in stock.glob("*.png"))
     assert len(files) == 2
     for file in files:
@@ -227,7 +228,7 @@ def test_folds_that_cannot_be_learned_are_warned_of_and_those_that_divide_groups
     assert f"WARNING: {CLASSES}, {warning}" in output
     fold = control(world, CLASSES) / "fold_0"
     assert warning in read(fold / "validation" / "summary.json")["nnunet_kd"]["notes"]
-    unscored = "fold 0: every labelled validation case of classification.csv, size has large: it is trained, but not"
+    unscored = "fold 0: every labelled validation case of classification.csv, size has large, so that the AUROC"
     assert f"WARNING: {CLASSES}, {unscored}" in output
     best = torch.load(fold / "checkpoint_best.pth", weights_only=False)
     assert best["current_epoch"] == 2  # AUROC was never defined, so the newest epoch is taken

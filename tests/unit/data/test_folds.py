@@ -85,7 +85,7 @@ def test_cases_without_a_group_are_on_their_own() -> None:
     assert shared_groups({"a": "1", "c": "2"}, split) == []
 
 
-UNSCORED = "it is trained, but not scored, and checkpoint_best does not look at it"
+UNSCORED = "so that the {} is not defined and has no part in choosing checkpoint_best"
 
 
 def test_what_training_cases_cannot_teach() -> None:
@@ -120,7 +120,7 @@ def test_a_validation_without_any_score_is_told(validation: list[str], why: str 
     nan = np.nan
     labels = {"a": [1, nan], "b": [0, 1], "c": [0, 0], "d": [1, 1], "e": [nan, 1]}
     both = Presence("findings", ("dark", "bright"), {case: np.array(own) for case, own in labels.items()})
-    expected = [] if why is None else [f"{why}: {UNSCORED}"]
+    expected = [] if why is None else [f"{why}, {UNSCORED.format('AUROC')}"]
     assert both.lacks({"train": list(labels), "val": validation}) == expected
     scores = {case: np.random.default_rng(0).random(2) for case in labels}
     known = [case for case in validation if case in labels]
@@ -136,7 +136,9 @@ def test_cases_without_boxes_count() -> None:
     presence = Presence.of_boxes("boxes", ("stone", "cyst"), boxes, ["a", "b"])
     assert presence.counts(["a", "b"]) == {"stone": 0, "cyst": 1}
     assert presence.lacks({"train": ["b"], "val": ["a"]}) == ["no training case of boxes has cyst"]
-    unscored = f"no validation case of boxes has stone, cyst: {UNSCORED}"
+    unscored = f"no validation case of boxes has stone, cyst, {UNSCORED.format('AP')}"
     assert presence.lacks({"train": ["a"], "val": ["b"]}) == [unscored]
+    alike = Presence("grade", ("low", "high"), {case: np.array([1, 0]) for case in "ab"})
+    assert alike.lacks({"train": ["a"], "val": ["b"]}) == []  # no fold has any, which is no news of one
     nothing = Presence.of_boxes("boxes", ("stone",), {}, ["a", "b"])  # verification says so once, not of every fold
     assert nothing.lacks({"train": ["a"], "val": ["b"]}) == []

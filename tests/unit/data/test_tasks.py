@@ -48,6 +48,7 @@ def test_groups_are_read_from_classification_csv_where_nothing_is_classified() -
         ({"segmentation": "no"}, ["tasks.segmentation", "'no'", "true or false"]),
         ({"segmentation": False}, ["no task", "classification", "detection"]),
         ({"classfication": GRADE}, ["classfication", "classification, detection"]),
+        ({"": 1, "classification": GRADE}, ["unknown key ''"]),
         ({"classification": "grade"}, ["tasks.classification", '"column"', '"columns"', "list"]),
         ({"classification": []}, ["tasks.classification", "[]"]),
         ({"classification": {"classes": ["a", "b"]}}, ["neither", "'column' or 'columns'"]),

@@ -136,8 +136,8 @@ def test_every_problem_is_found_in_one_run(toy: Toy) -> None:
         (
             "splits_final.json",
             "fold 0",
-            "every labelled validation case of classification.csv, grade has high: it is trained, but not scored, and "
-            "checkpoint_best does not look at it",
+            "every labelled validation case of classification.csv, grade has high, so that the AUROC is not defined "
+            "and has no part in choosing checkpoint_best",
         ),
     ]
     problems = toy.problems()
@@ -217,8 +217,16 @@ def test_cases_without_a_group_are_named_before_planning(toy: Toy, capsys: pytes
     (toy.raw / "classification.csv").write_text(
         "\n".join(["case,grade,effusion,edema,patient", *(row[: row.rindex(",") + 1] for row in good_rows())])
     )
-    with pytest.raises(SideFileError, match="no training case has a value of patient, by which folds are made"):
+    match = "no training case has a value of patient, by which folds are made"
+    with pytest.raises(SideFileError, match=match):
         prepare_side_files({NAME: tasks})
+    toy.write({"split_by": "patient"}, [], {})
+    with pytest.raises(SideFileError, match=match):
+        prepare_side_files({NAME: Tasks(split_by="patient")})
+    toy.write({"split_by": "patient"}, ["ghost,low,0,0,p9"], {})
+    with pytest.raises(SideFileError, match=match):
+        prepare_side_files({NAME: Tasks(split_by="patient")})
+    assert verify_dataset(NAME, show_progress=False).notes == []
     assert "WARNING" not in capsys.readouterr().out
 
 
@@ -318,11 +326,31 @@ def test_a_finding_needs_both_answers(toy: Toy) -> None:
 
 def test_a_validation_that_gives_no_score_is_reported(toy: Toy) -> None:
     found = fold_problems(toy, [CASES[0], *CASES[2:4]], [CASES[4]])
-    assert [what.split(":")[0] for what in found] == [
+    assert [what.split(", so that")[0] for what in found] == [
         "no validation case of classification.csv, grade is labelled",
         "no validation case of classification.csv, findings has effusion, edema",
         "no validation case of boxes.json has nodule, cyst",
     ]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "\n".join(["case,grade,edema,patient", *(f"{case},high,0,p" for case in CASES)]),
+        "\n".join(["case,grade,effusion,edema,patient", *good_rows()[:2], '"toy_002,low', *good_rows()[3:]]),
+    ],
+)
+def test_what_could_not_be_read_is_not_said_to_be_missing(toy: Toy, table: str) -> None:
+    toy.plan([{"train": CASES[:2], "val": CASES[2:]}])
+    for folder in (toy.raw, toy.preprocessed):
+        (folder / "classification.csv").write_text(table)
+    report = verify_dataset(NAME, show_progress=False)
+    assert report.notes == []
+    unread = [problem for problem in report.problems if problem.is_unread]
+    assert len(unread) == 1
+    others = "".join(problem.what for problem in report.problems)
+    assert "findings" not in others
+    assert ("grade" in others) == ("effusion" not in table)  # what is wrong with the column that is there is said
 
 
 @pytest.mark.parametrize("splits", [{}, [[]], [{"train": []}], [{"train": None, "val": [CASES[0]]}], "x"])
