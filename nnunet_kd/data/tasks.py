@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
@@ -87,7 +87,8 @@ class Tasks:
     def understood(cls, dataset_json: Mapping[str, Any], wrong: list[TaskError]) -> Tasks:
         """As :meth:`from_dataset_json`, but what has another form is collected in ``wrong`` and left out."""
         block = _object(dataset_json.get(BLOCK, {}), BLOCK, '{"tasks": {...}, "split_by": COLUMN}', wrong) or {}
-        _known_keys(block, BLOCK, ("tasks", "split_by"), wrong, ("members",))  # the last of a joint dataset
+        own = [key for key in block if key != "members"]  # which a joint dataset has
+        _known_keys(own, BLOCK, ("tasks", "split_by"), wrong)
         form = '{"segmentation": true, "classification": ..., "detection": ...}'
         tasks = _object(block.get("tasks", {}), "tasks", form, wrong) or {}
         _known_keys(tasks, "tasks", ("segmentation", "classification", "detection"), wrong)
@@ -231,10 +232,8 @@ def _object(value: Any, key: str, form: str, wrong: list[TaskError]) -> Mapping[
     return None
 
 
-def _known_keys(
-    entry: Mapping[str, Any], key: str, allowed: Sequence[str], wrong: list[TaskError], others: Sequence[str] = ()
-) -> None:
-    for unknown in sorted(set(entry) - {*allowed, *others}):
+def _known_keys(entry: Iterable[str], key: str, allowed: Sequence[str], wrong: list[TaskError]) -> None:
+    for unknown in sorted(set(entry) - set(allowed)):
         wrong.append(
             TaskError(
                 f"{_place(key)} in dataset.json has the unknown key '{unknown}'. Allowed are {', '.join(allowed)}."
